@@ -1,0 +1,503 @@
+"""
+Tokenizers on vision foundation models (VFMs), and the parts that all stages share.
+
+    python tokenizer.py                                     # toy: a VFM-VAE on drawn shapes, minutes on a laptop
+    python tokenizer.py --method=aligntok                   # AlignTok's three stages; also vavae, vae
+    python tokenizer.py --preset=imagenet                   # the paper's recipe, data in data/imagenet/{train,val}
+    torchrun --nproc_per_node=8 tokenizer.py                # the same on eight GPUs
+    python tokenizer.py --eval=1                            # PSNR, SSIM, LPIPS, rFD of out/tokenizer.pt
+
+VFM-VAE is arXiv 2510.18457, AlignTok arXiv 2509.25162, VA-VAE arXiv 2501.01423, the plain VAE that of latent diffusion (2112.10752).
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+import math
+import mmap
+import os
+import re
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+#CONFIG#
+
+# -----------------------------------------------------------------------------
+# Command line, processes, checkpoints, logs: what every script of this repository begins and ends with
+
+class UserError(Exception):
+    """A mistake of the user's: `main` prints its one line and exits with status 1."""
+
+
+def parse_config(Config, presets, argv=None, positional=()):
+    """A Config from the command line: its defaults, then the preset's overrides, then the flags.
+
+    Fields may be int, float, bool (0/1), str or tuple (comma-separated ints). `positional` names the fields that may also be
+    given without a flag. Exits with status 2 and one line for an unknown flag or a value of the wrong type.
+    """
+    def boolean(text):
+        return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+
+    def integers(text):
+        return tuple(int(part) for part in text.split(",") if part)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: {message}\n")
+
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        convert = {bool: boolean, tuple: integers}.get(field.type, field.type)
+        default = ",".join(map(str, field.default)) if field.type is tuple else int(field.default) if field.type is bool else field.default
+        parser.add_argument(f"--{field.name}", type=convert, default=argparse.SUPPRESS, metavar=field.type.__name__,
+                            help=f"{comments.get(field.name, '')} [{default}]".replace("%", "%%"))
+    parser.epilog = "presets:\n" + "\n".join(
+        f"  --preset={name}: " + (", ".join(f"{k}={v}" for k, v in preset.items()) or "the defaults") for name, preset in presets.items())
+    for name in positional:
+        parser.add_argument(f"@{name}", nargs="?", metavar=name, default=argparse.SUPPRESS)
+    given, unknown = parser.parse_known_args(argv)
+    names = [field.name for field in dataclasses.fields(Config)]
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)[0]
+        parser.error(f"unknown argument {unknown[0]}; did you mean --{nearest}? (--help lists all)")
+    given = {key.lstrip("@"): value for key, value in vars(given).items()}
+    imagenet = torch.cuda.is_available() and os.path.isdir("data/imagenet/train")
+    preset = given.get("preset") or ("imagenet" if imagenet and "imagenet" in presets else "toy")
+    if preset not in presets:
+        parser.error(f"unknown preset {preset}; there are {', '.join(presets)}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"preset {preset}", flush=True)
+    return Config(**{**presets[preset], **given, "preset": preset})
+
+
+def main(run):
+    """Runs a script's `run()`; a UserError becomes one line and exit status 1."""
+    try:
+        run()
+    except UserError as error:           # a DataLoader worker wraps the line into a traceback: the last line is ours
+        line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+        sys.exit(f"{Path(sys.argv[0]).name}: {line}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass
+class World:
+    """This process among its peers."""
+    rank: int
+    size: int
+    device: torch.device
+
+    def autocast(self):                  # bf16 on CUDA, float32 on the CPU
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, tensor):              # average over processes, in place
+        if self.size > 1:
+            dist.all_reduce(tensor.div_(self.size))
+        return tensor
+
+
+def init_world():
+    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on the CPU), or stands alone."""
+    rank, size, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return World(rank, size, device)
+
+
+def seed_step(seed, step, rank=0):
+    """All randomness of a step is a function of (seed, step, rank), so a resumed run needs no RNG state to be exact."""
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "little"))
+
+
+def save_checkpoint(path, **entries):
+    """Writes to a temporary name, then renames: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(entries, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}".splitlines()[0])
+
+
+def load_checkpoint(path, kind, hint=""):
+    """The entries of a checkpoint that one of these scripts wrote, on the CPU. UserError if it is missing or of another kind."""
+    if not Path(path).exists():
+        raise UserError(f"no {kind} checkpoint at {path}" + (f"; {hint}" if hint else ""))
+    entries = load_weights(path)
+    if entries.get("kind") != kind:
+        raise UserError(f"{path} is not a {kind} checkpoint of this repository (its kind: {entries.get('kind', 'unknown')})")
+    return entries
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}    # dense bf16, NVIDIA's datasheets
+
+
+class Log:
+    """One tqdm bar and one line of JSON in `out/log.jsonl` per log interval; silent but on rank 0."""
+
+    def __init__(self, out, script, world, total, start=0, unit="step"):
+        self.path, self.script, self.main, self.device = Path(out) / "log.jsonl", script, world.rank == 0, world.device
+        self.bar = tqdm(total=total, initial=start, desc=script, unit=unit, disable=not self.main, mininterval=0.5, dynamic_ncols=True)
+        self.world, self.clock, self.images, self.flops = world, time.perf_counter(), None, None
+        if self.main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if (entry := json.loads(line))["script"] != script or entry["step"] <= start]
+            if len(kept) != len(lines):  # what came after the checkpoint that is resumed from, or an earlier run
+                self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step, images, **values):
+        """`images` seen so far; tensors among `values` are read here, once per interval (the only synchronisation)."""
+        values = {key: float(value) for key, value in values.items()}
+        now, seconds = time.perf_counter(), time.perf_counter() - self.clock
+        if self.images is not None:
+            values["images_per_second"] = (images - self.images) / seconds
+            peak = next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None) if self.device.type == "cuda" else None
+            if peak and self.flops:
+                values["mfu"] = self.flops * values["images_per_second"] / (peak * self.world.size)
+        self.clock, self.images = now, images
+        if self.main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(dict(script=self.script, step=step, images=images, **{k: float(f"{v:.6g}") for k, v in values.items()})) + "\n")
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+
+
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, for all parameters at once; buffers are copied."""
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    for a, b in zip(ema.buffers(), model.buffers()):
+        a.copy_(b)
+
+
+def to_uint8(images):
+    """float [..., H, W] in [-1, 1] -> uint8, rounded."""
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def save_grid(images, path, columns, labels=None, scale=None):
+    """Images [N, 3, H, W] in [-1, 1] as one PNG with `columns` to the row; `labels`, N strings, are written under them."""
+    n, _, h, w = images.shape
+    scale = scale or max(1, 96 // max(h, w))
+    text, rows = (12 if labels else 0), -(-n // columns)
+    canvas = Image.new("RGB", (columns * (w * scale + 2), rows * (h * scale + 2 + text)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
+        x, y = i % columns * (w * scale + 2), i // columns * (h * scale + 2 + text)
+        canvas.paste(Image.fromarray(image).resize((w * scale, h * scale), Image.NEAREST), (x, y))
+        if labels:
+            draw.text((x + 1, y + h * scale), labels[i], fill="black")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
+# -----------------------------------------------------------------------------
+# Data: drawn shapes, folders, torchvision's data sets. An item is (uint8 [3, size, size], label)
+
+class Shapes(Dataset):
+    """Drawn, labelled, captioned images that stand in for ImageNet: `classes` of shapes in 8 hues on 5 textured backgrounds in 8 hues;
+    size, position, rotation and mirroring vary independently. An image is a function of (split, index) alone: its attributes come
+    from a counter-based hash, its edges from signed distances (antialiased at any size)."""
+    classes = ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "T", "L"]
+    hues = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
+    textures = ["plain", "gradient", "stripes", "checks", "clouds"]
+    lengths = dict(train=30_000, val=5_000)
+
+    def __init__(self, split, size=32, length=None, cache=None):
+        self.split, self.size, self.n = split, size, length or self.lengths[split]
+        self.images = None
+        if cache and self.n * 3 * size * size < 1 << 29:      # drawn once and memory-mapped by every later process
+            path = Path(cache) / f"shapes-{split}-{size}-{self.n}.npy"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+                array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (self.n, 3, size, size))
+                for start in tqdm(range(0, self.n, 500), desc=f"drawing {self.n} shapes", leave=False):
+                    array[start:start + 500] = self.draw(np.arange(start, min(start + 500, self.n)))
+                array.flush()
+                os.replace(temporary, path)
+            self.images = np.load(path, mmap_mode="r")
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        image = self.images[index] if self.images is not None else self.draw(np.array([index]))[0]
+        return torch.from_numpy(np.array(image)), int(self.attributes([index])["shape"][0])
+
+    def targets(self):
+        return self.attributes(np.arange(self.n))["shape"]
+
+    def random(self, indices, k):
+        """k uniform numbers in [0, 1) for each index: SplitMix64 (Steele et al. 2014) of a counter."""
+        with np.errstate(over="ignore"):
+            counter = np.asarray(indices, np.uint64)[:, None] * np.uint64(64) + np.arange(k, dtype=np.uint64)
+            z = (counter + np.uint64(["train", "val"].index(self.split) << 40)) * np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / (1 << 53)
+
+    def attributes(self, indices):
+        """A dictionary of arrays: four categorical attributes, then x, y, scale, angle, mirror and the texture's own numbers."""
+        u = self.random(indices, 24)
+        pick = lambda k, choices: (u[:, k] * len(choices)).astype(int)
+        scale = 0.55 + 0.25 * u[:, 4]
+        return dict(shape=pick(0, self.classes), hue=pick(1, self.hues), texture=pick(2, self.textures), ground=pick(3, self.hues),
+                    scale=scale, x=(2 * u[:, 5] - 1) * (1 - scale), y=(2 * u[:, 6] - 1) * (1 - scale),
+                    angle=(2 * u[:, 7] - 1) * 0.4, mirror=np.where(u[:, 8] < 0.5, -1.0, 1.0), free=u[:, 9:])
+
+    def caption(self, index):
+        a = {key: value[0] for key, value in self.attributes([index]).items()}
+        where = ("upper" if a["y"] < 0 else "lower") + (" left" if a["x"] < 0 else " right")
+        return (f"a {'large' if a['scale'] > 0.675 else 'small'} {self.hues[a['hue']]} {self.classes[a['shape']]} at the {where} "
+                f"on a {self.hues[a['ground']]} background, {self.textures[a['texture']]}")
+
+    def draw(self, indices):
+        """uint8 [n, 3, size, size]."""
+        a = self.attributes(indices)
+        free = a["free"][:, :, None, None].astype(np.float32)
+        axis = (np.arange(self.size, dtype=np.float32) + 0.5) * (2 / self.size) - 1
+        px, py = axis[None, None, :], axis[None, :, None]
+
+        def colour(hue, saturation, value):      # HSV to RGB, [n, 3, 1, 1]
+            k = (np.array([5, 3, 1]) + hue[:, None] / len(self.hues) * 6 + 0.3) % 6
+            return (value[:, None] * (1 - saturation[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))).astype(np.float32)[:, :, None, None]
+
+        # background: a mixture of two tones of one hue, by texture
+        angle, frequency, phase = free[:, 0] * 2 * np.pi, 2 + 2 * free[:, 1], free[:, 2] * 2 * np.pi
+        along, across = px * np.cos(angle) + py * np.sin(angle), py * np.cos(angle) - px * np.sin(angle)
+        step = lambda wave: np.clip(0.5 + 4 * wave, 0, 1)
+        mixture = np.zeros((len(along), self.size, self.size), np.float32)
+        textures = [lambda i: 0 * along[i], lambda i: (along[i] + 1.4) / 2.8, lambda i: step(np.sin(along[i] * np.pi * frequency[i] + phase[i])),
+                    lambda i: step(np.sin(along[i] * np.pi * frequency[i] + phase[i]) * np.sin(across[i] * np.pi * frequency[i])),
+                    lambda i: 0.5 + 0.25 * sum(np.sin(np.pi * (px * (4 * free[i, 3 + 3 * k] - 2) + py * (4 * free[i, 4 + 3 * k] - 2))
+                                                      + 2 * np.pi * free[i, 5 + 3 * k]) for k in range(3))]
+        for k, texture in enumerate(textures):
+            i = np.flatnonzero(a["texture"] == k)
+            mixture[i] = texture(i)
+        value = 0.3 + 0.25 * a["free"][:, 12]
+        dark, light = colour(a["ground"], 0.6 + 0 * value, value), colour(a["ground"], 0.45 + 0 * value, value + 0.3)
+        ground = dark + (light - dark) * np.clip(mixture, 0, 1)[:, None]
+
+        # foreground: signed distance in the object's frame
+        cos, sin = (f(a["angle"])[:, None, None].astype(np.float32) for f in (np.cos, np.sin))
+        scale, mirror, x, y = (a[key][:, None, None].astype(np.float32) for key in ("scale", "mirror", "x", "y"))
+        dx, dy = (px - x) / scale, (py - y) / scale
+        u, v = (dx * cos + dy * sin) * mirror, dy * cos - dx * sin
+        distance = np.empty_like(u)
+        for k, name in enumerate(self.classes):
+            i = np.flatnonzero(a["shape"] == k)
+            distance[i] = self.distance(name, u[i], v[i])
+        coverage = np.clip(0.5 - distance * scale * (self.size / 2), 0, 1)[:, None]
+        front = colour(a["hue"], 0.7 + 0.3 * a["free"][:, 13], 0.85 + 0.15 * a["free"][:, 14])
+        return ((ground + (front - ground) * coverage) * 255 + 0.5).astype(np.uint8)
+
+    @staticmethod
+    def distance(name, x, y):
+        """Signed distance (negative inside, exact near most edges) of points in a frame where the shape about fills the unit disc, y down."""
+        r = np.hypot(x, y)
+        box = lambda x0, x1, y0, y1: np.maximum(np.abs(x - (x0 + x1) / 2) - (x1 - x0) / 2, np.abs(y - (y0 + y1) / 2) - (y1 - y0) / 2)
+        if name == "circle":
+            return r - 0.85
+        if name == "square":
+            return box(-0.72, 0.72, -0.72, 0.72)
+        if name == "triangle":
+            return np.maximum(y, 0.8660254 * np.abs(x) - y / 2) - 0.48
+        if name == "star":               # one of ten mirrored sectors: the edge from the tip (radius 0.95) to the inner corner (0.4)
+            sector = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+            tip, inner = np.array([0.95, 0]), 0.4 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+            normal = np.array([inner[1] - tip[1], tip[0] - inner[0]], np.float32) / np.hypot(*(inner - tip))
+            return normal[0] * (r * np.cos(sector) - np.float32(0.95)) + normal[1] * r * np.sin(sector)
+        if name == "cross":
+            return np.minimum(box(-0.26, 0.26, -0.85, 0.85), box(-0.85, 0.85, -0.26, 0.26))
+        if name == "ring":
+            return np.abs(r - 0.64) - 0.21
+        if name == "crescent":
+            return np.maximum(r - 0.85, 0.68 - np.hypot(x - 0.42, y))
+        if name == "heart":
+            y = y - 0.08
+            lobe = np.hypot(np.abs(x) - 0.36, y + 0.36) - 0.51
+            return np.minimum(lobe, np.maximum(np.abs(x + y), np.abs(x - y)) * 0.7071068 - 0.51)
+        if name == "T":
+            return np.minimum(box(-0.8, 0.8, -0.85, -0.4), box(-0.23, 0.23, -0.85, 0.85))
+        if name == "L":
+            return np.minimum(box(-0.62, -0.16, -0.85, 0.85), box(-0.62, 0.62, 0.4, 0.85))
+        raise KeyError(name)
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
+
+
+def load_rgb(path):
+    """A PIL image in RGB from any file that Pillow opens: transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            values = np.asarray(image).astype(np.float64)
+            image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {path}: {type(error).__name__}: {error}".replace("\n", " "))
+
+
+def center_crop(image, size):
+    """ADM's: box-halve while the short side is at least twice `size`, bicubic to it, then the centre (guided-diffusion's evaluation data)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def list_images(folder):
+    """The image files under a folder, sorted. UserError if it is missing or has none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder {folder}")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise UserError(f"no images in {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
+    return paths
+
+
+class Images(Dataset):
+    """Images of any data set at one size. `data`: "shapes", a folder (one subfolder a class, or flat: class 0) that may hold
+    `train` and `val`, or the name of a torchvision data set under `data_dir`. Items are asked for as an index, or as (index, key):
+    then the picture is augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), the same way for the same key."""
+
+    def __init__(self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out"):
+        self.size, self.crop, self.flip = size, crop, flip
+        if data == "shapes":
+            self.source = Shapes(split, size, cache=cache)
+            self.labels, self.classes = self.source.targets(), Shapes.classes
+        elif hasattr(torchvision.datasets, data):
+            Source, folder = getattr(torchvision.datasets, data), data_dir
+            keywords = dict(root=folder, download=download) if "download" in inspect.signature(Source).parameters else dict(root=folder)
+            if "train" in inspect.signature(Source).parameters:
+                keywords["train"] = split == "train"
+            else:
+                keywords["split"] = split if split == "train" or data == "ImageNet" else "test"
+            try:
+                self.source = Source(**keywords)
+            except Exception as error:
+                raise UserError(f"torchvision's {data} under {folder}: {error}".replace("\n", " ") + ("" if download else " (--download=1 fetches it)"))
+            labels = getattr(self.source, "targets", getattr(self.source, "labels", getattr(self.source, "_labels", None)))
+            if labels is None:
+                raise UserError(f"torchvision's {data} has no class labels; unpack it into a folder and give --data=FOLDER")
+            self.labels = np.asarray(labels)
+            self.classes = [str(name) for name in getattr(self.source, "classes", range(int(self.labels.max()) + 1))]
+        else:
+            root = Path(data) / split if (Path(data) / split).is_dir() else Path(data)
+            if not root.is_dir():
+                raise UserError(f"--data={data}: no such folder, and not the name of a torchvision data set")
+            paths = list_images(root)
+            folders = sorted({path.relative_to(root).parts[0] for path in paths if path.parent != root})
+            if any(path.parent == root for path in paths):
+                folders = []
+            self.classes = folders or ["image"]
+            index = {name: i for i, name in enumerate(folders)}
+            self.labels = np.array([index.get(path.relative_to(root).parts[0], 0) for path in paths])
+            self.source = paths
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, item):
+        index, key = item if isinstance(item, tuple) else (item, None)
+        image, label = self.source[index] if not isinstance(self.source, list) else load_rgb(self.source[index]), int(self.labels[index])
+        image = image[0] if isinstance(image, tuple) else image
+        draw = np.random.default_rng(key) if key is not None else None
+        if self.crop and draw is not None:
+            if torch.is_tensor(image):
+                image = Image.fromarray(image.permute(1, 2, 0).numpy())
+            side = max(1, round(min(image.size) * draw.uniform(0.5, 1)))
+            left, top = (int(draw.integers(0, extent - side + 1)) for extent in image.size)
+            image = image.convert("RGB").resize((self.size,) * 2, Image.BICUBIC, (left, top, left + side, top + side), reducing_gap=3)
+        if not torch.is_tensor(image):
+            image = image.convert("RGB")
+            image = image if image.size == (self.size,) * 2 else center_crop(image, self.size)
+            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if self.flip and draw is not None and draw.uniform() < 0.5:
+            image = image.flip(-1)
+        return image, label
+
+
+def batch_indices(n, batch, seed, step):
+    """The items of global step `step` in an endless sequence of seeded permutations of n items, and their running numbers."""
+    numbers = np.arange(step * batch, (step + 1) * batch)
+    parts = [permutation(n, seed, epoch)[numbers[numbers // n == epoch] % n] for epoch in np.unique(numbers // n)]
+    return np.concatenate(parts), numbers
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+class StepSampler:
+    """One list of (index, key) per micro-batch, from `start` to `stop` steps: rank r of `size` takes every size-th image of the global
+    batch, so the images seen depend neither on the number of processes nor on accumulation."""
+
+    def __init__(self, n, batch, seed, start, stop, world, accumulate=1):
+        if batch % (world.size * accumulate):
+            raise UserError(f"--batch_size={batch} must be a multiple of processes x accumulation = {world.size} x {accumulate}")
+        self.__dict__.update(locals())
+
+    def __len__(self):
+        return (self.stop - self.start) * self.accumulate
+
+    def __iter__(self):
+        for step in range(self.start, self.stop):
+            indices, numbers = batch_indices(self.n, self.batch, self.seed, step)
+            mine = [(int(i), (self.seed, int(k))) for i, k in zip(indices, numbers)][self.world.rank::self.world.size]
+            for part in np.array_split(np.arange(len(mine)), self.accumulate):
+                yield [mine[k] for k in part]
+
+
+def make_loader(dataset, sampler, world, workers):
+    """Batches of (uint8 [b, 3, S, S], labels [b]) from a StepSampler or any batch sampler."""
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
+                      persistent_workers=False, prefetch_factor=4 if workers else None)
