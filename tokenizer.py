@@ -501,3 +501,336 @@ def make_loader(dataset, sampler, world, workers):
     """Batches of (uint8 [b, 3, S, S], labels [b]) from a StepSampler or any batch sampler."""
     return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
                       persistent_workers=False, prefetch_factor=4 if workers else None)
+
+
+# -----------------------------------------------------------------------------
+# Weights from files
+
+SAFETENSORS_TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, F8_E4M3=torch.float8_e4m3fn,
+                         F8_E5M2=torch.float8_e5m2, I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+
+
+def read_safetensors(path):
+    """The tensors of a .safetensors file: 8-byte little-endian header length, JSON header, one buffer. Memory-mapped, bounds checked."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
+        if length > size - 8:
+            raise ValueError("truncated, or not a safetensors file")
+        header = json.loads(file.read(length))
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (begin, end) = SAFETENSORS_TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        count = math.prod(shape)
+        if any(n < 0 for n in shape) or not 0 <= begin <= end <= size - 8 - length or end - begin != count * dtype.itemsize:
+            raise ValueError(f"tensor {name} lies outside the file")
+        tensors[name] = (torch.frombuffer(buffer, dtype=dtype, count=count, offset=8 + length + begin) if count else torch.empty(0, dtype=dtype)).view(shape)
+    return tensors
+
+
+def load_weights(path_or_url):
+    """The contents of a .pt, .pth, .ckpt, .bin or .safetensors file, tensors on the CPU; never unpickles code (`weights_only`).
+
+    A URL is fetched once into torch.hub's cache. Raises UserError when the file is missing, damaged, or cannot be fetched.
+    """
+    path = str(path_or_url)
+    if path.startswith(("https://", "http://")):
+        url, path = path, os.path.join(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "-", path.split("//")[1].rsplit("/", 1)[0]) + "-" + os.path.basename(path))
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, path)
+            except OSError as error:
+                raise UserError(f"cannot fetch {url} ({error}); download it elsewhere and give its path instead")
+    if not os.path.isfile(path):
+        raise UserError(f"no file {path}")
+    try:
+        return read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:           # whatever a damaged or hostile file provokes
+        raise UserError(f"cannot read weights from {path}: " + f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def load_state(module, state, name, ignore=()):
+    """`load_state_dict` whose complaint is one line that lists the missing and the left-over keys; `ignore`: regexes of keys not needed."""
+    state = {key: value for key, value in state.items() if not any(re.match(pattern, key) for pattern in ignore)}
+    own = module.state_dict()
+    faults = [("missing", sorted(own.keys() - state.keys())), ("left over", sorted(state.keys() - own.keys())),
+              ("of another shape", [f"{key} {list(state[key].shape)}, wanted {list(own[key].shape)}" for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape])]
+    if any(keys for _, keys in faults):
+        raise UserError(f"{name}: the weights do not fit: " + "; ".join(
+            f"{len(keys)} keys {what}: " + ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "") for what, keys in faults if keys))
+    module.load_state_dict(state)
+    return module
+
+
+# -----------------------------------------------------------------------------
+# The vision foundation model
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):                # [B, N, D]
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, GELU (exact or tanh), Linear; with `swiglu` (DINOv2-g) SiLU of one half of the first times the other."""
+
+    def __init__(self, dim, hidden, activation="gelu"):
+        super().__init__()
+        self.activation = activation
+        self.fc1 = nn.Linear(dim, hidden * (2 if activation == "swiglu" else 1))
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        if self.activation == "swiglu":
+            gate, x = x.chunk(2, -1)
+            return self.fc2(F.silu(gate) * x)
+        return self.fc2(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, dim, num_heads, hidden, activation, layer_scale):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.mlp = Attention(dim, num_heads), MLP(dim, hidden, activation)
+        self.ls1, self.ls2 = (LayerScale(dim) if layer_scale else nn.Identity() for _ in range(2))
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+NORMALIZATION = dict(imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), half=((0.5,) * 3, (0.5,) * 3))    # torchvision; SigLIP's processor
+
+
+class ViT(nn.Module):
+    """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE; with `stem` the toy's, whose patches are
+    embedded by strided convolutions ("Early Convolutions Help Transformers See Better", arXiv 2106.14881).
+
+    vit(images [B, 3, H, W] in [-1, 1], layers=(0, 12, -1), cls=False) -> one [B, N, D] per layer: 0 is the embedding before the first
+    block, i the output of block i, -1 the last block's after the final norm; patch tokens row-major (cls=True: the class token first).
+    H and W may be any multiples of the patch size: positions are resized bicubically. It normalises but does not resize: see `resize`.
+    """
+
+    def __init__(self, image_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, mlp_hidden=512, activation="gelu", class_token=True,
+                 class_position=True, registers=0, layer_scale=False, normalize="imagenet", interpolation="bilinear", antialias=False, stem=0):
+        super().__init__()
+        self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        self.image_size, self.patch_size, self.embed_dim, self.depth = image_size, patch_size, embed_dim, depth
+        self.interpolation, self.antialias = interpolation, antialias
+        if stem:
+            width = [3, stem, 2 * stem, 4 * stem]
+            self.patch_embed = nn.ModuleDict(dict(
+                convs=nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(width, width[1:])),
+                norms=nn.ModuleList(nn.BatchNorm2d(b) for b in width[1:]), proj=nn.Conv2d(width[-1], embed_dim, 1)))
+            if patch_size != 2 ** (len(width) - 1):
+                raise UserError(f"a stem of {len(width) - 1} strided convolutions makes patches of {2 ** (len(width) - 1)}, not {patch_size}")
+        else:
+            self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, embed_dim, patch_size, patch_size)))
+        self.level0_dim = stem * (patch_size // 2) ** 2 if stem else embed_dim
+        self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02) if class_token else None
+        self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 0.02) if registers else None
+        self.class_position = class_token and class_position
+        self.pos_embed = nn.Parameter(torch.randn(1, (image_size // patch_size) ** 2 + self.class_position, embed_dim) * 0.02)
+        self.blocks = nn.ModuleList(ViTBlock(embed_dim, num_heads, mlp_hidden, activation, layer_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION[normalize])
+        self.register_buffer("input_scale", 0.5 / std, persistent=False)      # ((x / 2 + 1 / 2) - mean) / std in one pass
+        self.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
+
+    def resize(self, images, size=None):
+        """To `size` (height, width; default the model's own) with its own interpolation; antialiased only when shrinking."""
+        size = size or (self.image_size, self.image_size)
+        if tuple(images.shape[-2:]) == tuple(size):
+            return images
+        return F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=size[0] < images.shape[-2])
+
+    def positions(self, h, w):
+        n = self.pos_embed.shape[1] - self.class_position
+        side = math.isqrt(n)
+        if (side, side) == (h, w):
+            return self.pos_embed
+        grid = self.pos_embed[:, -n:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False, antialias=self.antialias).flatten(2).transpose(1, 2)
+        return torch.cat([self.pos_embed[:, :-n], grid], 1)
+
+    def forward(self, images, layers=(-1,), cls=False):
+        x = images * self.input_scale + self.input_shift
+        h, w = (side // self.patch_size for side in x.shape[-2:])
+        raw = None
+        if "convs" in self.patch_embed:
+            for i, (conv, norm) in enumerate(zip(self.patch_embed["convs"], self.patch_embed["norms"])):
+                x = conv(x)
+                raw = x if i == 0 else raw       # before any norm or activation: it still holds the pixels
+                x = F.gelu(norm(x))
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
+        positions = self.positions(h, w)
+        extra = 0
+        if self.cls_token is not None:
+            token = self.cls_token + positions[:, :1] if self.class_position else self.cls_token
+            prefix = [token] if self.register_tokens is None else [token, self.register_tokens]
+            extra = sum(part.shape[1] for part in prefix)
+            x = torch.cat([torch.cat(prefix, 1).expand(len(x), -1, -1), x + positions[:, self.class_position:]], 1)
+        else:
+            x = x + positions
+        last = self.depth if -1 in layers else max(layers)
+        states = {0: x}
+        for i, block in enumerate(self.blocks[:last], 1):
+            x = states[i] = block(x)
+        if -1 in layers:
+            states[-1] = self.norm(x)
+        if cls:                                  # without registers; a model without a class token has none to keep
+            return [torch.cat([states[i][:, :1], states[i][:, extra:]], 1) if extra > 1 else states[i] for i in layers]
+        level0 = states[0][:, extra:] if raw is None else F.pixel_unshuffle(raw, self.patch_size // 2).flatten(2).transpose(1, 2)
+        return [level0 if i == 0 else states[i][:, extra:] for i in layers]
+
+
+def vit_configs():
+    """name -> (where the official weights are, ViT arguments). DINO, DINOv2: Meta's files; SigLIP2 and MAE: Hugging Face's."""
+    sizes = dict(s=(384, 12, 6, 1536), b=(768, 12, 12, 3072), l=(1024, 24, 16, 4096), g=(1536, 40, 24, 4096), so400m=(1152, 27, 16, 4304))
+    base = lambda size: dict(zip(("embed_dim", "depth", "num_heads", "mlp_hidden"), sizes[size]))
+    table = {"dino_vits16": ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+                             dict(base("s"), image_size=224, patch_size=16, interpolation="bicubic"))}
+    for size in "sblg":
+        for suffix, file, registers in (("", "pretrain", 0), ("_reg", "reg4_pretrain", 4)):
+            name = f"dinov2_vit{size}14"
+            table[name + suffix] = (f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_{file}.pth", dict(
+                base(size), image_size=518, patch_size=14, registers=registers, antialias=registers > 0, layer_scale=True, interpolation="bicubic",
+                activation="swiglu" if size == "g" else "gelu"))
+    for size, word, patch, sides in (("b", "base", 16, (224, 256, 384, 512)), ("l", "large", 16, (256, 384, 512)), ("so400m", "so400m", 14, (224, 384)), ("so400m", "so400m", 16, (256, 384, 512))):
+        for side in sides:
+            name = f"siglip2-{word}-patch{patch}-{side}"
+            table[name] = (f"https://huggingface.co/google/{name}/resolve/main/model.safetensors", dict(
+                base(size), image_size=side // patch * patch, patch_size=patch, class_token=False, normalize="half", activation="gelu_tanh"))
+    for size, word in (("b", "base"), ("l", "large")):
+        table[f"mae_vit{size}16"] = (f"https://huggingface.co/facebook/vit-mae-{word}/resolve/main/model.safetensors", dict(base(size), image_size=224, patch_size=16))
+    return table
+
+
+VFMS = vit_configs()
+VIT_KEYS = [      # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DINOv2's own, which are the ViT's
+    (r"^(?:.*\.)?vision_model\.|^(?:module|backbone|vit|dinov2(?:_with_registers)?|model)\.", ""),
+    (r"^embeddings\.patch_embedding(?:s\.projection)?\.", "patch_embed.proj."), (r"^embeddings\.position_embeddings?(?:\.weight)?$", "pos_embed"),
+    (r"^embeddings\.(cls_token|register_tokens|mask_token)$", r"\1"), (r"^reg_token$", "register_tokens"),
+    (r"^encoder\.layers?\.", "blocks."), (r"\.(?:layer_norm|layernorm_)(?:1|before)\.", ".norm1."), (r"\.(?:layer_norm|layernorm_)(?:2|after)\.", ".norm2."),
+    (r"\.(?:self_attn\.(q|k|v)_proj|attention\.attention\.(q)uery|attention\.attention\.(k)ey|attention\.attention\.(v)alue)\.", r".attn.\1\2\3\4."),
+    (r"\.(?:self_attn\.out_proj|attention\.output\.dense)\.", ".attn.proj."), (r"\.(?:intermediate\.dense|mlp\.w12|mlp\.weights_in)\.", ".mlp.fc1."),
+    (r"(?<!attention)\.(?:output\.dense|mlp\.w3|mlp\.weights_out)\.", ".mlp.fc2."), (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"), (r"^(?:post_)?layernorm\.", "norm.")]
+VIT_UNUSED = (r"mask_token", r"(head|decoder|text_model|attn_pool|fc_norm|pooler|last_layer|classifier)\b", r"logit_", r"embeddings\.position_ids")
+
+
+def to_vit_keys(state):
+    """A public ViT's state dict under the names of `ViT`; separate q, k, v are joined, what a ViT does not need is dropped."""
+    renamed = {}
+    for key, value in state.items():
+        for pattern, name in VIT_KEYS:
+            key = re.sub(pattern, name, key)
+        if not any(re.match(pattern, key) for pattern in VIT_UNUSED):
+            renamed[key] = value
+    for key in [key for key in renamed if ".attn.q." in key]:
+        parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
+        if any(part is None for part in parts):
+            raise UserError(f"the weights have {key}, but not the k and v beside it")
+        renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    if renamed.get("pos_embed", torch.empty(1, 1, 1)).dim() == 2:
+        renamed["pos_embed"] = renamed["pos_embed"][None]
+    return renamed
+
+
+def vit_config(state):
+    """The ViT arguments that a state dict (in the ViT's names) shows, and for the rest the published model of that family."""
+    if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
+        raise UserError("these weights are not a vision transformer's (no pos_embed, patch_embed.proj, blocks)")
+    width, cls = state["pos_embed"].shape[-1], "cls_token" in state
+    n, scale = state["pos_embed"].shape[1], "blocks.0.ls1.gamma" in state
+    patch, registers = state["patch_embed.proj.weight"].shape[-1], state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    class_position = cls and math.isqrt(n) ** 2 != n
+    hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
+    swiglu = state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden
+    return dict(image_size=math.isqrt(n - class_position) * patch, patch_size=patch, embed_dim=width, num_heads=16 if width == 1152 else max(1, width // 64),
+                depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")), mlp_hidden=hidden,
+                activation="swiglu" if swiglu else "gelu" if cls else "gelu_tanh", class_token=cls, class_position=class_position, registers=registers,
+                layer_scale=scale, normalize="imagenet" if cls else "half", interpolation="bicubic" if scale else "bilinear", antialias=registers > 0)
+
+
+def load_vfm(name_or_path, out="out", pretrained=True, **overrides):
+    """A frozen ViT in eval mode: "toy" (trained the first time it is needed, cached under `out`), a name in VFMS (the official file,
+    fetched once) or a path to such a file. `overrides` are ViT arguments that a state dict does not show (`num_heads`, say).
+    Raises UserError for an unknown name, a file that cannot be read, and missing or left-over keys."""
+    name = str(name_or_path)
+    if name in TOY_VFMS:
+        entries = train_toy_vfm(name, out) if pretrained else dict(config={}, model=None)
+        vit = ViT(**{**TOY_VIT, **overrides})
+        state = entries["model"]
+    elif not pretrained and name in VFMS:
+        vit, state = ViT(**{**VFMS[name][1], **overrides}), None
+    else:
+        if name not in VFMS and not name.startswith("http") and not os.path.exists(name):
+            raise UserError(f"no VFM {name}: neither a file nor one of {', '.join([*TOY_VFMS, *VFMS])}")
+        state = load_weights(VFMS[name][0] if name in VFMS else name)
+        state = to_vit_keys(state.get("teacher", state.get("model", state)))
+        vit = ViT(**{**vit_config(state), **(VFMS[name][1] if name in VFMS else {}), **overrides})
+    if state is not None:
+        load_state(vit, state, name)
+    return vit.requires_grad_(False).eval()
+
+
+# The toy's VFM learns to name attributes of the shapes: "toy" all of them, as SigLIP's captions do; "toy-blind" all but the shape, so
+# that it has never been told the class on which the diffusion model is conditioned (the control for that advantage).
+TOY_VIT = dict(image_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, mlp_hidden=512, stem=32)
+TOY_VFMS = {"toy": ("shape", "hue", "texture", "ground", "place", "size", "turn"), "toy-blind": ("hue", "texture", "ground", "place", "size", "turn")}
+
+
+def train_toy_vfm(name, out, images=64_000, batch=64, lr=1e-3):
+    """The checkpoint of a toy VFM; trains it, for about two minutes on two cores, where `out` has none (rank 0 does, the others wait)."""
+    path, world = Path(out) / f"vfm-{name}.pt", init_world()
+    if world.rank == 0 and not path.exists():
+        data = Shapes("train", TOY_VIT["image_size"], cache=out)
+        a = data.attributes(np.arange(len(data)))
+        quantise = lambda x, low, high, n: ((x - low) / (high - low) * n).clip(0, n - 1).astype(int)
+        a["place"], a["size"], a["turn"] = quantise(a["x"], -0.45, 0.45, 4) * 4 + quantise(a["y"], -0.45, 0.45, 4), quantise(a["scale"], 0.55, 0.8, 4), quantise(a["angle"], -0.4, 0.4, 4)
+        targets = torch.from_numpy(np.stack([a[key] for key in TOY_VFMS[name]], 1))
+        counts = (targets.amax(0) + 1).tolist()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            vit = ViT(**TOY_VIT).to(world.device).train()
+            heads = nn.ModuleList(nn.Linear(TOY_VIT["embed_dim"], sum(counts)) for _ in range(2)).to(world.device)      # on the class token, on the mean patch
+            optimizer = torch.optim.AdamW([*vit.parameters(), *heads.parameters()], lr=lr, weight_decay=0.05)
+            steps = images // batch
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+            for step in (bar := tqdm(range(steps), desc=f"training the VFM '{name}' (once)")):
+                indices, _ = batch_indices(len(data), batch, 0, step)
+                x = to_float(torch.from_numpy(data.images[np.sort(indices)]).to(world.device))
+                y = targets[np.sort(indices)].to(world.device)
+                tokens, = vit(x, cls=True)
+                logits = heads[0](tokens[:, 0]), heads[1](tokens[:, 1:].mean(1))
+                loss = sum(F.cross_entropy(part, y[:, i]) for l in logits for i, part in enumerate(l.split(counts, 1)))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                if step % 20 == 0:
+                    right = (logits[1].split(counts, 1)[0].argmax(1) == y[:, 0]).float().mean()
+                    bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{right.item():.2f}")
+        save_checkpoint(path, kind="vfm", name=name, model=vit.cpu().state_dict())
+    world.barrier()
+    return load_checkpoint(path, "vfm")
