@@ -834,3 +834,565 @@ def train_toy_vfm(name, out, images=64_000, batch=64, lr=1e-3):
         save_checkpoint(path, kind="vfm", name=name, model=vit.cpu().state_dict())
     world.barrier()
     return load_checkpoint(path, "vfm")
+
+
+# -----------------------------------------------------------------------------
+# Adapters: VFM features -> moments of the latent (VFM-VAE section 3.1; AlignTok section 3)
+
+class ProjectionAttention(nn.Module):
+    """Attention that changes the width. Narrowing: heads of width d_in / num_heads are averaged, then pooled to d_out if need be;
+    otherwise heads of width d_out / num_heads are concatenated."""
+
+    def __init__(self, d_in, d_out, num_heads):
+        super().__init__()
+        self.num_heads, self.d_out, self.narrow = num_heads, d_out, d_in > d_out
+        inner = max(d_in, d_out)
+        self.qkv = nn.Linear(d_in, 3 * inner, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(inner)), nn.Parameter(torch.zeros(inner))
+        self.proj = nn.Linear(d_out, d_out)
+
+    def forward(self, x):
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)                     # [B, heads, N, width]
+        x = x.mean(1) if self.narrow else x.transpose(1, 2).flatten(2)
+        return self.proj(x if x.shape[-1] == self.d_out else F.adaptive_avg_pool1d(x, self.d_out))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.w0, self.w1, self.w2 = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.w2(F.gelu(self.w0(x), approximate="tanh") * self.w1(x))
+
+
+class AttnProjection(nn.Module):
+    """Tokens [B, N, d_in] -> [B, N, d_out]: y = W_p LN3(x) + Attn(LN1(x)), then y + MLP(LN2(y))."""
+
+    def __init__(self, d_in, d_out, num_heads):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d_in), nn.LayerNorm(d_out), nn.LayerNorm(d_in)
+        self.attn, self.proj, self.mlp = ProjectionAttention(d_in, d_out, num_heads), nn.Linear(d_in, d_out), GatedMLP(d_out)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        x = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class LevelAdapter(nn.Module):
+    """VFM-VAE's: each level D_i -> d_i, space to depth onto the latent grid, concatenated, -> 2 C moments."""
+
+    def __init__(self, in_dims, level_dims, folds, z_dim):
+        super().__init__()
+        self.levels = nn.ModuleList(AttnProjection(D, d, max(1, D // d)) for D, d in zip(in_dims, level_dims))
+        fused = sum(d * fold ** 2 for d, fold in zip(level_dims, folds))
+        self.fuse = AttnProjection(fused, 2 * z_dim, max(1, fused // (2 * z_dim)))
+
+    def forward(self, features, grid):
+        levels = []
+        for level, tokens in zip(self.levels, features):
+            fold = math.isqrt(tokens.shape[1] // (grid[0] * grid[1]))
+            x = level(tokens).transpose(1, 2).unflatten(2, (grid[0] * fold, grid[1] * fold))
+            levels.append(F.pixel_unshuffle(x, fold).flatten(2))
+        return self.fuse(torch.cat(levels, 1).transpose(1, 2)).transpose(1, 2).unflatten(2, grid)
+
+    def last_weight(self):               # at which VFM-VAE compares gradients
+        return self.fuse.mlp.w2.weight
+
+
+class PointwiseAdapter(nn.Module):
+    """AlignTok's, as light as its paper says; its form is ours: LayerNorm, two pointwise linear layers with SiLU between."""
+
+    def __init__(self, in_dim, hidden, z_dim):
+        super().__init__()
+        self.net = nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden), nn.SiLU(), nn.Linear(hidden, 2 * z_dim))
+
+    def forward(self, features, grid):
+        return self.net(features[-1]).transpose(1, 2).unflatten(2, grid)
+
+    def last_weight(self):
+        return self.net[-1].weight
+
+
+# -----------------------------------------------------------------------------
+# VFM-VAE's decoder: style, multi-scale latent fusion, progressive resolution reconstruction (section 3.2)
+
+def group_norm(channels, most):
+    return nn.GroupNorm(min(32, most), channels)
+
+
+class EqualLinear(nn.Module):
+    """StyleGAN's linear layer: the weight is used as W * lr_mul / sqrt(in), the bias as b * lr_mul (arXiv 1812.04948, appendix C)."""
+
+    def __init__(self, d_in, d_out, lr_mul=1.0, bias_init=0.0):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(d_out, d_in) / lr_mul), nn.Parameter(torch.full((d_out,), bias_init / lr_mul))
+        self.weight_gain, self.bias_gain = lr_mul / math.sqrt(d_in), lr_mul
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+
+
+class Style(nn.Module):
+    """The affine map of w to a scale for each input channel, m1 * m2 + m3: [B, w_dim] -> [B, C]."""
+
+    def __init__(self, w_dim, channels):
+        super().__init__()
+        self.affine = EqualLinear(w_dim, 3 * channels, bias_init=1.0)
+
+    def forward(self, w):
+        m1, m2, m3 = self.affine(w).chunk(3, 1)
+        return m1 * m2 + m3
+
+
+class LatentFusion(nn.Module):
+    """The decompressed latent at a block's input resolution: `fold` > 1 folds space to depth first, `unfold` > 1 unfolds depth to space."""
+
+    def __init__(self, z_dim, dim, fold=1, unfold=1):
+        super().__init__()
+        folded, wide = z_dim * fold ** 2, dim * unfold ** 2
+        self.fold, self.unfold = fold, unfold
+        self.depthwise = nn.Conv2d(folded, folded, 3, padding=1, groups=folded, bias=False)
+        self.pointwise1, self.norm1 = nn.Conv2d(folded, wide, 1, bias=False), group_norm(wide, wide)
+        self.pointwise2, self.norm2 = nn.Conv2d(dim, dim, 1, bias=False), group_norm(dim, dim)
+
+    def forward(self, z):
+        x = F.pixel_unshuffle(z, self.fold) if self.fold > 1 else z
+        x = F.leaky_relu(self.norm1(self.pointwise1(self.depthwise(x))), 0.2)
+        return self.norm2(self.pointwise2(F.pixel_shuffle(x, self.unfold) if self.unfold > 1 else x))
+
+
+class Upsample(nn.Module):
+    """GroupNorm, depthwise 3x3, pointwise to four times the channels, depth to space, fixed blur. Block 0 normalises after the shuffle."""
+
+    def __init__(self, d_in, d_out, index):
+        super().__init__()
+        self.norm_first = index > 0
+        normed = d_in if self.norm_first else d_out
+        self.norm = group_norm(normed, normed // 4)
+        self.depthwise = nn.Conv2d(d_in, d_in, 3, padding=1, groups=d_in, bias=False)
+        self.pointwise = nn.Conv2d(d_in, 4 * d_out, 1, bias=False)
+        row = torch.tensor([1.0, 2, 1] if index <= 2 else [1.0, 4, 6, 4, 1])
+        kernel = row[:, None] * row
+        self.register_buffer("blur", (kernel / kernel.sum()).expand(d_out, 1, -1, -1).contiguous(), persistent=False)
+
+    def forward(self, x):
+        x = self.norm(x) if self.norm_first else x
+        x = F.pixel_shuffle(self.pointwise(self.depthwise(x)), 2)
+        x = x if self.norm_first else self.norm(x)
+        return F.conv2d(F.pad(x, [self.blur.shape[-1] // 2] * 4, mode="replicate"), self.blur.to(x.dtype), groups=len(self.blur))
+
+
+class ConvNeXtLayer(nn.Module):
+    """ConvNeXt with a modulated first pointwise layer. A sample's weights W * s / sqrt(sum (W s)^2) are never formed: s scales the
+    layer's input, in the one pass that also applies the GroupNorm's affine; the demodulation scales its output, in the pass that adds the bias."""
+
+    def __init__(self, dim, kernel, w_dim, noise_size=0):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        if noise_size:                   # checkpoints from before October 2025 add a stored noise map
+            self.noise_strength = nn.Parameter(torch.zeros([]))
+            self.register_buffer("noise_const", torch.randn(noise_size, noise_size))
+        self.noise_size = noise_size
+        self.norm = group_norm(dim, dim // 4)
+        self.style = Style(w_dim, dim)
+        self.pwconv1, self.pwconv2 = nn.Conv2d(dim, 4 * dim, 1), nn.Conv2d(4 * dim, dim, 1)
+        self.gamma = nn.Parameter(torch.full((dim, 1, 1), 1e-5))
+
+    def forward(self, x, w):
+        s, weight = self.style(w), self.pwconv1.weight
+        demodulation = torch.rsqrt(F.linear(s.square(), weight.flatten(1).square()) + 1e-8)
+        y = self.dwconv(x)
+        if self.noise_size:
+            noise = self.noise_const[None, None]
+            if noise.shape[-2:] != y.shape[-2:]:
+                noise = F.interpolate(noise, y.shape[-2:], mode="bilinear", align_corners=False)
+            y = y + noise * self.noise_strength
+        y = F.group_norm(y, self.norm.num_groups, eps=self.norm.eps)
+        y = torch.addcmul((self.norm.bias * s)[..., None, None], y, (self.norm.weight * s)[..., None, None])
+        y = F.conv2d(y, weight)
+        y = F.gelu(torch.addcmul(self.pwconv1.bias[:, None, None], y, demodulation[..., None, None]))
+        return torch.addcmul(x, self.pwconv2(y), self.gamma)
+
+
+class ChannelNorm(nn.Module):
+    """RMSNorm over channels: unit length times sqrt(C) * gamma."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, 1, 1))
+
+    def forward(self, x):
+        return F.normalize(x, dim=1) * (self.gamma * len(self.gamma) ** 0.5)
+
+
+class DecoderAttention(nn.Module):
+    """Self-attention over positions with one learned null key and value, then a pointwise MLP; both are residual and start at zero."""
+
+    def __init__(self, dim, num_heads=8):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = ChannelNorm(dim)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Conv2d(dim, dim, 1, bias=False) for _ in range(4))
+        self.null_kv = nn.Parameter(torch.randn(2, num_heads, dim // num_heads))
+        self.ff = nn.Sequential(ChannelNorm(dim), nn.Conv2d(dim, 4 * dim, 1), nn.GELU(), nn.Conv2d(4 * dim, dim, 1))
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.ff[3].weight)
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k, v = (layer(y).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3) for layer in (self.to_q, self.to_k, self.to_v))
+        null_k, null_v = self.null_kv.to(k.dtype)[:, None, :, None].expand(-1, len(x), -1, -1, -1)
+        y = F.scaled_dot_product_attention(q, torch.cat([null_k, k], 2), torch.cat([null_v, v], 2))
+        x = x + self.to_out(y.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:]))
+        return x + self.ff(x)
+
+
+class ToRGB(nn.Module):
+    """Modulated pointwise layer to three channels, without demodulation."""
+
+    def __init__(self, dim, w_dim):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, dim, 1, 1)), nn.Parameter(torch.zeros(3))
+        self.style = Style(w_dim, dim)
+
+    def forward(self, x, w):
+        return F.conv2d(x * (self.style(w) / self.weight.shape[1] ** 0.5)[..., None, None], self.weight, self.bias)
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, index, d_in, dim, w_dim, layers, attentions, sum_in=0, noise_size=0):
+        super().__init__()
+        self.upsample = Upsample(d_in, dim, index)
+        self.convs = nn.ModuleList(ConvNeXtLayer(dim, 5 if index <= 1 else 7, w_dim, noise_size) for _ in range(layers))
+        self.attns = nn.ModuleList(DecoderAttention(dim) for _ in range(attentions))
+        self.upsample_sum = Upsample(sum_in, dim, index) if sum_in else None
+        self.to_rgb = ToRGB(dim, w_dim)
+
+
+class VFMVAEDecoder(nn.Module):
+    """Latents [B, C, h, w] -> images, as a list from the coarsest to the finest (`scales=True`) or the finest alone.
+
+    `widths`: channels of the blocks, each of which doubles the resolution up to h * downsample; `fuse_dims`: channels of the latent
+    fused into the first blocks' inputs; `attention`: self-attentions after the first blocks.
+    """
+
+    def __init__(self, z_dim=32, downsample=16, post_factor=16, widths=(512, 512, 512, 512, 256, 128), fuse_dims=(512, 256, 128, 128),
+                 attention=(2, 2, 2), num_res_blocks=2, w_dim=512, noise_sizes=()):
+        super().__init__()
+        dim = post_factor * z_dim
+        self.post_quant = AttnProjection(z_dim, dim, post_factor)
+        self.mapping = nn.Sequential(EqualLinear(dim, dim, 0.01), nn.LeakyReLU(0.2), EqualLinear(dim, w_dim, 0.01))
+        self.fusions, self.blocks = nn.ModuleList(), nn.ModuleList()
+        self.granularity = 2 ** len(widths) // downsample         # the latent grid must be a multiple of it
+        for i, width in enumerate(widths):
+            fused = fuse_dims[i] if i < len(fuse_dims) else 0
+            if fused:
+                fold, unfold = max(1, self.granularity >> i), max(1, (downsample << i) >> len(widths))
+                self.fusions.append(LatentFusion(dim, fused, fold, unfold))
+            self.blocks.append(DecoderBlock(i, (widths[i - 1] if i else 0) + fused, width, w_dim, 1 + num_res_blocks * (3 if i <= 3 else 2),
+                                            attention[i] if i < len(attention) else 0, widths[i - 1] if i else 0, noise_sizes[i] if noise_sizes else 0))
+
+    def decompress(self, z):
+        """-> decompressed latent [B, post_factor * C, h, w], style w [B, w_dim]"""
+        h = self.post_quant(z.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, z.shape[2:])
+        pooled = h.mean((2, 3))
+        return h, self.mapping(pooled * torch.rsqrt(pooled.square().mean(1, keepdim=True) + 1e-8))
+
+    def forward(self, z, scales=False):
+        h, w = self.decompress(z)
+        x = x_sum = None
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            if i < len(self.fusions):
+                fused = self.fusions[i](h)
+                x = fused if x is None else torch.cat([x, fused], 1)
+            x = block.upsample(x)
+            for conv in block.convs:
+                x = conv(x, w)
+            for attn in block.attns:
+                x = attn(x)
+            x_sum = x if x_sum is None else block.upsample_sum(x_sum) + x
+            if scales or i == len(self.blocks) - 1:
+                outputs.append(block.to_rgb(x_sum, w))
+        return outputs if scales else outputs[-1]
+
+    def last_weight(self):
+        return self.blocks[-1].to_rgb.weight
+
+
+# -----------------------------------------------------------------------------
+# The autoencoder of latent diffusion (arXiv 2112.10752): AlignTok's decoder; both halves in the plain VAE and VA-VAE. LDM's key names
+
+def ldm_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.norm1, self.conv1 = ldm_norm(d_in), nn.Conv2d(d_in, d_out, 3, padding=1)
+        self.norm2, self.conv2 = ldm_norm(d_out), nn.Conv2d(d_out, d_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(d_in, d_out, 1) if d_in != d_out else nn.Identity()
+
+    def forward(self, x):
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class AttnBlock(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = ldm_norm(dim)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(dim, dim, 1) for _ in range(4))
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k, v = (layer(y).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Resample(nn.Module):
+    """Half the size by a strided 3x3 that pads on the right and below, or twice the size by nearest neighbour and a 3x3."""
+
+    def __init__(self, dim, up):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1) if up else nn.Conv2d(dim, dim, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+def ldm_level(d_in, d_out, blocks, attention, resample, up):
+    level = nn.ModuleDict(dict(block=nn.ModuleList(ResBlock(d_in if i == 0 else d_out, d_out) for i in range(blocks)),
+                               attn=nn.ModuleList(AttnBlock(d_out) for _ in range(blocks if attention else 0))))
+    if resample:
+        level["upsample" if up else "downsample"] = Resample(d_out, up)
+    return level
+
+
+def ldm_middle(dim):
+    return nn.ModuleDict(dict(block_1=ResBlock(dim, dim), attn_1=AttnBlock(dim), block_2=ResBlock(dim, dim)))
+
+
+def run_level(level, x):
+    for i, block in enumerate(level["block"]):
+        x = block(x)
+        if len(level["attn"]):
+            x = level["attn"][i](x)
+    return x
+
+
+def run_middle(middle, x):
+    return middle["block_2"](middle["attn_1"](middle["block_1"](x)))
+
+
+class LDMEncoder(nn.Module):
+    """Images [B, 3, H, W] -> moments [B, 2 C, H/f, W/f], f = 2^(levels - 1)."""
+
+    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None):
+        super().__init__()
+        z_channels, widths = z_channels or z_dim, [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList(ldm_level(widths[max(0, i - 1)] if i else ch, width, num_res_blocks, i in attn_levels, i < len(widths) - 1, up=False)
+                                  for i, width in enumerate(widths))
+        self.mid = ldm_middle(widths[-1])
+        self.norm_out, self.conv_out = ldm_norm(widths[-1]), nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_dim, 1)
+
+    def forward(self, images, grid=None):
+        x = self.conv_in(images)
+        for level in self.down:
+            x = run_level(level, x)
+            x = level["downsample"](x) if "downsample" in level else x
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(run_middle(self.mid, x)))))
+
+    def last_weight(self):
+        return self.quant_conv.weight
+
+
+class LDMDecoder(nn.Module):
+    """Latents [B, C, h, w] -> images [B, 3, h f, w f]."""
+    granularity = 1
+
+    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None):
+        super().__init__()
+        z_channels, widths = z_channels or z_dim, [ch * m for m in ch_mult]
+        self.post_quant_conv = nn.Conv2d(z_dim, z_channels, 1)
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = ldm_middle(widths[-1])
+        self.up = nn.ModuleList(ldm_level(widths[min(i + 1, len(widths) - 1)], width, num_res_blocks + 1, i in attn_levels, i > 0, up=True)
+                                for i, width in enumerate(widths))
+        self.norm_out, self.conv_out = ldm_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z, scales=False):
+        x = run_middle(self.mid, self.conv_in(self.post_quant_conv(z)))
+        for level in reversed(self.up):
+            x = run_level(level, x)
+            x = level["upsample"](x) if "upsample" in level else x
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return [x] if scales else x
+
+    def last_weight(self):
+        return self.conv_out.weight
+
+
+# -----------------------------------------------------------------------------
+# The tokenizer
+
+class Tokenizer(nn.Module):
+    """encode: images [B, 3, H, W] in [-1, 1] -> mean, logvar [B, C, H/f, W/f];  decode: latents -> images.
+
+    The encoder is a VFM and an adapter ("levels": VFM-VAE, "pointwise": AlignTok) or LDM's convolutions; the decoder is VFM-VAE's or
+    LDM's; each argument is the dictionary of its module's arguments. H and W: any multiples of f times the decoder's granularity that
+    the VFM's patches divide after scaling. `arch` rebuilds the model: Tokenizer(**arch).
+    """
+
+    def __init__(self, resolution=256, downsample=16, z_dim=32, vfm=None, layers=(0, 12, -1), scale_factor=2.0, level_dims=None, adapter_hidden=0,
+                 encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0):
+        super().__init__()
+        self.arch = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        self.resolution, self.downsample, self.z_dim, self.layers, self.scale_factor = resolution, downsample, z_dim, tuple(layers), scale_factor
+        self.vfm = ViT(**vfm) if vfm else None
+        if vfm and level_dims:
+            folds = [max(1, round(downsample * scale_factor / self.vfm.patch_size))] * len(layers)
+            self.adapter = LevelAdapter([self.vfm.level0_dim if i == 0 else self.vfm.embed_dim for i in layers], level_dims, folds, z_dim)
+        elif vfm:
+            self.adapter = PointwiseAdapter(self.vfm.embed_dim, adapter_hidden or self.vfm.embed_dim, z_dim)
+        else:
+            self.adapter = LDMEncoder(z_dim, **(encoder or {}))
+        self.decoder = VFMVAEDecoder(z_dim, downsample, **(decoder or {})) if decoder_kind == "vfmvae" else LDMDecoder(z_dim, **(decoder or {}))
+        self.vf_proj = nn.Conv2d(z_dim, vf_dim, 1, bias=False) if vf_dim else None      # VFM-VAE's and VA-VAE's, for the VF loss alone
+
+    def features(self, images):
+        """What the adapter reads: the VFM's levels, or the images themselves."""
+        if self.vfm is None:
+            return images
+        size = [round(side * self.scale_factor) for side in images.shape[-2:]]
+        return self.vfm(self.vfm.resize(images, size), self.layers)
+
+    def check_size(self, height, width):
+        f = self.downsample * self.decoder.granularity
+        patch = self.vfm.patch_size if self.vfm else 1
+        if height % f or width % f or round(height * self.scale_factor) % patch or round(width * self.scale_factor) % patch:
+            raise UserError(f"images of {height} x {width} do not fit this tokenizer: it takes multiples of {f}"
+                            + (f" whose {self.scale_factor}-fold its VFM's patches of {patch} divide" if self.vfm else ""))
+
+    def moments(self, features, height, width):
+        """-> [B, 2 C, h, w]: mean and log variance before the clamp."""
+        return self.adapter(features, (height // self.downsample, width // self.downsample))
+
+    def encode(self, images):
+        self.check_size(*images.shape[-2:])
+        mean, logvar = self.moments(self.features(images), *images.shape[-2:]).float().chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z):
+        return self.decoder(z)
+
+
+VFMVAE_KEYS = [   # the released VFM-VAE's names -> ours
+    (r"^ldm_adapter\.patch_quants\.(\d+)\.0\.blocks\.0\.", r"adapter.levels.\1."), (r"^ldm_adapter\.final_quant\.blocks\.0\.", "adapter.fuse."),
+    (r"^ldm_adapter\.post_quant\.blocks\.0\.", "decoder.post_quant."), (r"^ldm_adapter\.linear_proj\.", "vf_proj."),
+    (r"^mapping\.mlp\.fc0\.", "decoder.mapping.0."), (r"^mapping\.mlp\.fc1\.", "decoder.mapping.2."), (r"^synthesis\.blocks\.", "decoder.blocks."),
+    (r"\.seperate_upsample_conv\.", ".upsample."), (r"\.last_upsample_conv\.", ".upsample_sum."), (r"\.conv0\.", ".convs.0."),
+    (r"\.convs1\.(\d+)\.", lambda match: f".convs.{int(match[1]) + 1}."), (r"\.affine_pw1\.proj\.", ".style.affine."), (r"\.torgb\.affine\.proj\.", ".torgb.style.affine."),
+    (r"\.torgb\.", ".to_rgb."), (r"\.self_attns\.(\d+)\.attn\.", r".attns.\1."), (r"\.self_attns\.(\d+)\.", r".attns.\1.")]
+VFMVAE_UNUSED = (r".*\.zero_k_bias$", r".*\.blur_weight$", r"mapping\.x_avg$")
+
+
+def from_vfmvae(state, num_heads=None, layers=(0, 12, -1), scale_factor=2.0, resolution=256):
+    """A released VFM-VAE state dict -> (arch, state dict in our names). All widths are read from the shapes."""
+    vit = {key[len("vfm_encoder.encoder."):]: value for key, value in state.items() if key.startswith("vfm_encoder.")}
+    vit = to_vit_keys(vit)
+    renamed = {f"vfm.{key}": value for key, value in vit.items()}
+    for key, value in state.items():
+        if key.startswith("vfm_encoder.") or any(re.match(pattern, key) for pattern in VFMVAE_UNUSED):
+            continue
+        fusion = re.match(r"synthesis\.z_convs\.(\d+)\.(\d)\.(\d)\.(\w+)", key)
+        if fusion:                       # two stages, numbered 0 1, 1 2 or 0 2: depthwise, pointwise, norm; then pointwise, norm
+            i, stage, part, kind = fusion.groups()
+            first = f"synthesis.z_convs.{i}.{stage}.2.{'weight'}" in state
+            key = f"decoder.fusions.{i}." + (("depthwise", "pointwise1", "norm1") if first else ("pointwise2", "norm2"))[int(part)] + f".{kind}"
+        for pattern, name in VFMVAE_KEYS:
+            key = re.sub(pattern, name, key)
+        bias_like = key.endswith((".gamma", "pwconv1.bias", "to_rgb.bias"))
+        renamed[key] = value.reshape(-1, *(1,) * (2 * key.endswith(".gamma"))) if bias_like else value
+    try:
+        shape = lambda key: tuple(renamed[key].shape)
+        count = lambda prefix: len({key[len(prefix):].split(".")[0] for key in renamed if key.startswith(prefix)})
+        blocks = range(count("decoder.blocks."))
+        level_dims = [shape(f"adapter.levels.{i}.proj.weight")[0] for i in range(count("adapter.levels."))]
+        dim, z_dim = shape("decoder.post_quant.proj.weight")
+        config = vit_config(vit)
+        config["num_heads"] = num_heads or config["num_heads"]
+        arch = dict(resolution=resolution, z_dim=z_dim, vfm=config, layers=tuple(layers), scale_factor=scale_factor, level_dims=level_dims,
+                    downsample=2 ** len(blocks) // math.isqrt(shape("decoder.fusions.0.depthwise.weight")[0] // dim),
+                    vf_dim=shape("vf_proj.weight")[0] if "vf_proj.weight" in renamed else 0,
+                    decoder=dict(post_factor=dim // z_dim, widths=[shape(f"decoder.blocks.{i}.convs.0.dwconv.weight")[0] for i in blocks],
+                                 fuse_dims=[shape(f"decoder.fusions.{i}.pointwise2.weight")[0] for i in range(count("decoder.fusions."))],
+                                 attention=[count(f"decoder.blocks.{i}.attns.") for i in blocks], num_res_blocks=(count("decoder.blocks.0.convs.") - 1) // 3,
+                                 w_dim=shape("decoder.mapping.2.weight")[0],
+                                 noise_sizes=[shape(f"decoder.blocks.{i}.convs.0.noise_const")[0] for i in blocks] if "decoder.blocks.0.convs.0.noise_const" in renamed else ()))
+    except KeyError as error:
+        raise UserError(f"this looks like a VFM-VAE, but has no {error}")
+    return arch, renamed
+
+
+def from_ldm(state, resolution=256):
+    """An autoencoder in LDM's format (LDM, the original SD-VAE, VA-VAE) -> (arch, state dict in our names)."""
+    renamed = {}
+    for key, value in state.items():
+        if re.match(r"(encoder|quant_conv)\.", key):
+            renamed["adapter." + key.removeprefix("encoder.")] = value
+        elif re.match(r"(decoder|post_quant_conv)\.", key):
+            renamed["decoder." + key.removeprefix("decoder.")] = value
+        elif not re.match(r"(loss|foundation_model|linear_proj|model_ema|logvar)\b", key):
+            renamed[key] = value         # left over: load_state says so
+    try:
+        ch = renamed["adapter.conv_in.weight"].shape[0]
+        levels = sorted({int(key.split(".")[2]) for key in renamed if key.startswith("adapter.down.")})
+        parts = dict(ch=ch, ch_mult=[renamed[f"adapter.down.{i}.block.0.conv2.weight"].shape[0] // ch for i in levels],
+                     num_res_blocks=len({key.split(".")[4] for key in renamed if key.startswith("adapter.down.0.block.")}),
+                     attn_levels=[i for i in levels if f"adapter.down.{i}.attn.0.norm.weight" in renamed],
+                     z_channels=renamed["decoder.post_quant_conv.weight"].shape[0])
+        return dict(resolution=resolution, downsample=2 ** (len(levels) - 1), z_dim=renamed["decoder.post_quant_conv.weight"].shape[1], scale_factor=1.0,
+                    encoder=parts, decoder=parts, decoder_kind="ldm"), renamed
+    except KeyError as error:
+        raise UserError(f"this looks like an LDM autoencoder, but has no {error}")
+
+
+def load_tokenizer(path, **overrides):
+    """A frozen Tokenizer in eval mode, EMA weights where there are any, from a checkpoint of ours, an official VFM-VAE ({"G_ema": ...} or
+    a bare state dict) or a file in LDM's format (VA-VAE, SD-VAE; `state_dict` inside): told apart by their keys. What shapes do not show
+    has the published model's value and can be overridden: num_heads (the VFM's), layers, scale_factor, resolution.
+    Raises UserError for a missing or damaged file, another kind of file, missing or left-over keys."""
+    entries = load_weights(path)
+    if not isinstance(entries, dict):
+        raise UserError(f"{path} holds no state dict")
+    if "kind" in entries:
+        if entries["kind"] != "tokenizer":
+            raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
+        arch, state = entries["arch"], {**entries["model"], **entries["ema"]}
+        if "num_heads" in overrides:
+            arch["vfm"]["num_heads"] = overrides.pop("num_heads")
+        arch.update(overrides)
+    else:
+        state = entries.get("G_ema", entries.get("state_dict", entries))
+        state = {key.removeprefix("module."): value for key, value in state.items()} if isinstance(state, dict) else {}
+        if any(key.startswith("ldm_adapter.") for key in state):
+            arch, state = from_vfmvae(state, **overrides)
+        elif "post_quant_conv.weight" in state:
+            arch, state = from_ldm(state, **overrides)
+        else:
+            raise UserError(f"{path} is not a tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's (post_quant_conv.*)")
+    return load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
