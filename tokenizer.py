@@ -1396,3 +1396,239 @@ def load_tokenizer(path, **overrides):
         else:
             raise UserError(f"{path} is not a tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's (post_quant_conv.*)")
     return load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
+
+
+# -----------------------------------------------------------------------------
+# Losses
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of images in [-1, 1] -> [B]."""
+    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))
+
+
+def ssim(a, b):
+    """Structural similarity of images in [-1, 1] -> [B]: Gaussian window 11 (or the image), sigma 1.5, valid positions (Wang et al. 2004)."""
+    size = min(11, *a.shape[-2:])
+    row = torch.exp(-(torch.arange(size, device=a.device) - (size - 1) / 2).square() / (2 * 1.5 ** 2))
+    row = (row / row.sum()).expand(5 * a.shape[1], 1, 1, -1)
+    c = a.shape[1]
+    x = torch.cat([a, b, a * a, b * b, a * b], 1).float()
+    x = F.conv2d(F.conv2d(x, row, groups=5 * c), row.transpose(2, 3), groups=5 * c)
+    ma, mb, aa, bb, ab = x.split(c, 1)
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                       # the data range is 2
+    value = (2 * ma * mb + c1) * (2 * (ab - ma * mb) + c2) / ((ma * ma + mb * mb + c1) * (aa - ma * ma + bb - mb * mb + c2))
+    return value.flatten(1).mean(1)
+
+
+LPIPS_URLS = ("https://download.pytorch.org/models/vgg16-397923af.pth",
+              "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
+
+
+class LPIPS(nn.Module):
+    """lpips(a, b) of images in [-1, 1] -> [B]: LPIPS v0.1 on VGG16 (Zhang et al., arXiv 1801.03924).
+
+    `weights`: one or two comma-separated files that hold torchvision's VGG16 (`features.*`) and the published linear layers
+    (`lin0.model.1.weight`, ...); empty: both public files, fetched once; None: random weights.
+    """
+    SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))      # the convolutions of VGG16.features, up to each ReLU that is compared
+    WIDTHS = (64, 128, 256, 512, 512)
+
+    def __init__(self, weights=""):
+        super().__init__()
+        self.features, d_in = nn.ModuleDict(), 3
+        for layers, width in zip(self.SLICES, self.WIDTHS):
+            for i in layers:
+                self.features[str(i)] = nn.Conv2d(d_in, width, 3, padding=1)
+                d_in = width
+        self.lins = nn.ParameterList(torch.rand(1, width, 1, 1) for width in self.WIDTHS)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        if weights is not None:
+            try:
+                state = {key: value for file in (weights.split(",") if weights else LPIPS_URLS) for key, value in load_weights(file).items()}
+            except UserError as error:
+                raise UserError(f"LPIPS needs VGG16 and its linear layers: {error}; give --lpips_weights=vgg16-397923af.pth,vgg.pth")
+            state = {re.sub(r"^lin(\d)\.model\.1\.weight$", r"lins.\1", key): value for key, value in state.items()}
+            load_state(self, state, "LPIPS", ignore=(r"classifier\.", r"lin\d\.weight"))
+        self.requires_grad_(False).eval()
+
+    def forward(self, a, b):
+        x = (torch.cat([a, b]) - self.shift) / self.scale
+        total = 0
+        for k, (layers, lin) in enumerate(zip(self.SLICES, self.lins)):
+            x = F.max_pool2d(x, 2) if k else x
+            for i in layers:
+                x = F.relu(self.features[str(i)](x))
+            fa, fb = (x.float() / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)
+            total = total + F.conv2d((fa - fb).square(), lin).mean((1, 2, 3))
+        return total
+
+
+class FeatureDistance(nn.Module):
+    """LPIPS's formula on a frozen ViT's tokens, unit weights: the toy's perceptual distance, where no VGG is at hand (ours)."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit, self.layers = vit, tuple(range(1, vit.depth + 1))
+
+    def forward(self, a, b):
+        with torch.no_grad():
+            target = self.vit(b, self.layers)
+        return sum((F.normalize(x.float(), dim=2) - F.normalize(y.float(), dim=2)).square().sum(2).mean(1) for x, y in zip(self.vit(a, self.layers), target))
+
+
+def kl_loss(mean, logvar):
+    """0.5 sum(mean^2 + var - 1 - logvar) over C, h, w; averaged over the batch."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+
+
+def vf_loss(projected, features, margin_matrix=0.0, margin_cos=0.0):
+    """VA-VAE's vision foundation model loss (arXiv 2501.01423, section 3.2): projected latents [B, D, h, w] against the VFM's tokens
+    [B, N, D], pooled to the latent grid: distances of the two cosine matrices over all token pairs, plus those of the tokens."""
+    side = math.isqrt(features.shape[1] * projected.shape[2] // projected.shape[3])
+    target = features.detach().float().transpose(1, 2).unflatten(2, (side, -1))
+    z = F.normalize(projected.float().flatten(2), dim=1)
+    f = F.normalize(F.adaptive_avg_pool2d(target, projected.shape[2:]).flatten(2), dim=1)
+    matrix = F.relu((z.transpose(1, 2) @ z - f.transpose(1, 2) @ f).abs() - margin_matrix).mean()
+    return matrix + F.relu(1 - margin_cos - (z * f).sum(1)).mean()
+
+
+class LocalBatchNorm(nn.Module):
+    """BatchNorm over virtual batches of 8 samples and all positions (StyleGAN-T, arXiv 2301.09515); one batch where 8 does not divide it."""
+
+    def __init__(self, channels, virtual=8):
+        super().__init__()
+        self.virtual = virtual
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):                # [B, C, ...]
+        groups = len(x) // self.virtual if len(x) % self.virtual == 0 else 1
+        y = x.float().unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)     # [G, C, samples x positions]
+        var, mean = torch.var_mean(y, 2, correction=0, keepdim=True)
+        y = (y - mean) * torch.rsqrt(var + 1e-5) * self.weight[:, None] + self.bias[:, None]
+        return y.unflatten(2, (-1, *x.shape[2:])).transpose(1, 2).flatten(0, 1)
+
+
+def diff_augment(x):
+    """DiffAugment (arXiv 2006.10738) with its colour, translation (1/8) and cutout (1/5) policies, drawn per image."""
+    b, _, h, w = x.shape
+    rand = lambda: torch.rand(b, 1, 1, 1, device=x.device)
+    x = x + rand() - 0.5                                                                            # brightness
+    x = torch.lerp(x.mean(1, keepdim=True), x, rand() * 2)                                          # saturation
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, rand() + 0.5)                                # contrast
+    rows, columns = torch.arange(h, device=x.device).view(1, 1, h, 1), torch.arange(w, device=x.device).view(1, 1, 1, w)
+    dy, dx = ((rand() * (2 * (side // 8) + 1)).floor() - side // 8 for side in (h, w))
+    sy, sx = (rows + dy).long(), (columns + dx).long()
+    inside = ((sy >= 0) & (sy < h)) & ((sx >= 0) & (sx < w))
+    flat = sy.clamp(0, h - 1) * w + sx.clamp(0, w - 1)
+    x = x.flatten(2).gather(2, flat.flatten(2).expand(-1, x.shape[1], -1)).view_as(x)
+    cy, cx = (rand() * h).floor(), (rand() * w).floor()
+    hole = ((rows - cy).abs() * 2 < h // 5) & ((columns - cx).abs() * 2 < w // 5)
+    return x * (inside & ~hole)
+
+
+class ProjectedDiscriminator(nn.Module):
+    """Heads on the tokens of a frozen ViT (DINO ViT-S/16 in the papers), after StyleGAN-T (arXiv 2301.09515, section 3.2): logits [B, levels x N]."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit
+        step = max(1, vit.depth // 4)
+        self.layers = tuple(range(0, vit.depth + 1, step))
+        spectral = torch.nn.utils.parametrizations.spectral_norm
+        conv = lambda d_out, kernel: spectral(nn.Conv1d(vit.embed_dim, d_out, kernel, padding=kernel // 2, padding_mode="circular" if kernel > 1 else "zeros"))
+        self.heads = nn.ModuleList(nn.ModuleDict(dict(
+            first=nn.Sequential(conv(vit.embed_dim, 1), LocalBatchNorm(vit.embed_dim), nn.LeakyReLU(0.2)),
+            residual=nn.Sequential(conv(vit.embed_dim, 9), LocalBatchNorm(vit.embed_dim), nn.LeakyReLU(0.2)), last=conv(1, 1))) for _ in self.layers)
+
+    def forward(self, images):
+        x, size = diff_augment(images), self.vit.image_size
+        if min(x.shape[-2:]) >= size and torch.rand(()) < 0.5:       # a random crop, else the whole; the coin is tossed on the CPU
+            top, left = (int(torch.randint(side - size + 1, ())) for side in x.shape[-2:])
+            x = x[..., top:top + size, left:left + size]
+        else:
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        logits = []
+        for tokens, head in zip(self.vit(x, self.layers, cls=True), self.heads):
+            tokens = (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2)
+            y = head["first"](tokens)
+            logits.append(head["last"]((y + head["residual"](y)) / math.sqrt(2)).flatten(1))
+        return torch.cat(logits, 1)
+
+
+class PatchGAN(nn.Module):
+    """pix2pix's discriminator (arXiv 1611.07004): the outputs of all layers, the last one the logits."""
+
+    def __init__(self, norm, ndf=64, layers=3):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2))])
+        for i in range(1, layers + 1):
+            d_in, d_out = ndf * min(8, 2 ** (i - 1)), ndf * min(8, 2 ** i)
+            self.layers.append(nn.Sequential(nn.Conv2d(d_in, d_out, 4, 2 if i < layers else 1, 1, bias=False), norm(d_out), nn.LeakyReLU(0.2)))
+        self.layers.append(nn.Conv2d(ndf * min(8, 2 ** layers), 1, 4, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0, 0.02)
+
+    def forward(self, x):
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return outputs
+
+
+class GAN(nn.Module):
+    """The discriminators of a stage: `dino` (hinge, VFM-VAE), `patch` (hinge, LDM) or `multi` (three scales, least squares with feature
+    matching, VFM-VAE's last stage), each with its weight in the stage's row."""
+
+    def __init__(self, stage, vit, ndf=64):
+        super().__init__()
+        self.stage = stage
+        self.dino = ProjectedDiscriminator(vit) if stage.dino else None
+        self.patch = PatchGAN(nn.BatchNorm2d, ndf) if stage.patch else None
+        self.multi = nn.ModuleList(PatchGAN(LocalBatchNorm, ndf) for _ in range(3)) if stage.multi else None
+
+    def trainable(self):
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def pyramid(self, x):
+        return [x if k == 0 else F.avg_pool2d(x, 2 ** k) for k in range(3)]
+
+    def generator_loss(self, fake, real):
+        """-> a dictionary of unweighted losses, each as named in the stage's row."""
+        losses = {}
+        if self.dino:
+            losses["dino"] = -self.dino(fake).mean()
+        if self.patch:
+            losses["patch"] = -self.patch(fake)[-1].mean()
+        if self.multi:
+            losses["multi"] = losses["matching"] = 0
+            for net, x, y in zip(self.multi, self.pyramid(fake), self.pyramid(real)):
+                outputs = net(x)
+                with torch.no_grad():
+                    targets = net(y)
+                losses["multi"] = losses["multi"] + (outputs[-1] - 1).square().mean() / 3
+                losses["matching"] = losses["matching"] + sum(F.l1_loss(a, b) for a, b in zip(outputs[:-1], targets[:-1])) * 4 / (len(outputs) - 1) / 3
+        return losses
+
+    def discriminator_loss(self, fake, real):
+        loss = 0
+        if self.dino:
+            loss = loss + F.relu(1 - self.dino(real)).mean() + F.relu(1 + self.dino(fake)).mean()
+        if self.patch:
+            loss = loss + 0.5 * (F.relu(1 - self.patch(real)[-1]).mean() + F.relu(1 + self.patch(fake)[-1]).mean())
+        for net, x, y in zip(self.multi or (), self.pyramid(fake), self.pyramid(real)):
+            loss = loss + 0.5 / 3 * ((net(y)[-1] - 1).square().mean() + net(x)[-1].square().mean())
+        return loss
+
+
+def draw_equivariance(seed, step, grid, granularity):
+    """VFM-VAE's equivariance regularisation for one batch, the same on all processes -> ("latent" or "image" or None, scale, quarter turns).
+    With probability 0.5 the latent is scaled and rotated, otherwise with 0.25 the image is shrunk first; scales that the decoder's grid admits."""
+    rng = np.random.default_rng((seed, step, 1))
+    kind = "latent" if rng.uniform() < 0.5 else "image" if rng.uniform() < 0.25 else None
+    scales = [s for s in (0.25, 0.5, 0.75, 1.0) if grid * s >= granularity and (grid * s) % granularity == 0 and (kind == "latent" or s < 1)]
+    if kind is None or not scales:
+        return None, 1.0, 0
+    return kind, float(rng.choice(scales)), int(rng.integers(4)) if kind == "latent" else 0
