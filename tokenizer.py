@@ -38,7 +38,125 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-#CONFIG#
+sys.modules.setdefault("tokenizer", sys.modules[__name__])      # as a script: `import tokenizer` elsewhere must not make a second copy
+
+
+@dataclass
+class Config:
+    preset: str = ""                     # toy or imagenet; imagenet where there is CUDA and data/imagenet/train
+    method: str = "vfmvae"               # vfmvae, aligntok, vavae or vae
+    stage: int = 0                       # this stage alone, from the checkpoint that the one before wrote; 0: all in turn
+    out: str = "out"                     # folder of checkpoints, logs, grids
+    resume: bool = True                  # go on from out/tokenizer.pt if it is there
+    eval: bool = False                   # evaluate out/tokenizer.pt (or --ckpt) on held-out images, then stop
+    ckpt: str = ""                       # what --eval evaluates: ours or an official file
+    bench: int = 0                       # time this many steps of every stage's losses on random data and weights, then stop
+    # data
+    data: str = "shapes"                 # shapes, a folder (of class folders or flat, maybe with train/ and val/), or torchvision's name (CIFAR10, ...)
+    data_dir: str = "data"               # where torchvision's data sets lie
+    download: bool = False               # let torchvision download them
+    image_size: int = 32                 # side of the training images
+    crop: bool = False                   # augment: a random square of 0.5 to 1 of the short side
+    flip: bool = True                    # augment: mirror with probability 0.5
+    workers: int = 0                     # data loading processes
+    # model
+    vfm: str = "toy"                     # toy, toy-blind, a name (dinov2_vitl14, siglip2-large-patch16-512, ...) or a file; empty: the method's
+    scale_factor: float = 1.0            # the VFM sees images of this times their size; 0: the method's
+    layers: tuple = (0, 2, -1)           # VFM levels that VFM-VAE reads: 0 the embedding, i the output of block i, -1 the normalised last
+    z_dim: int = 32                      # latent channels C
+    downsample: int = 8                  # f: image side / latent side
+    level_dim: int = 64                  # channels of each level before fusion
+    decoder: str = ""                    # vfmvae or ldm; empty: the method's own
+    post_factor: int = 4                 # VFM-VAE decoder: latent channels are decompressed by this
+    widths: tuple = (128, 128, 64, 32)   # channels of its blocks, coarse to fine; their number is log2(f) + log2(coarsest fold)
+    fuse_dims: tuple = (128, 64)         # channels of the latent fused into its first blocks
+    attention: tuple = (1, 1)            # self-attentions after its first blocks
+    num_res_blocks: int = 1              # ConvNeXt layers: 1 + 3 x this, or 1 + 2 x this above block 3
+    w_dim: int = 128                     # style width
+    ch: int = 32                         # LDM autoencoder: base channels
+    ch_mult: tuple = (1, 2, 2, 4)        # ... and their multiples, fine to coarse
+    # training
+    kimg: float = 48.0                   # thousands of images over all stages, shared out as in STAGES; 0: STAGES' own numbers
+    batch_size: int = 32                 # images a step, over all processes
+    accumulate: int = 1                  # micro-batches a step
+    lr_scale: float = 10.0               # times the learning rates of STAGES
+    gan_scale: float = 0.0               # times the GAN weights of STAGES; 0: no GAN
+    lpips_scale: float = 0.1             # times the perceptual weights of STAGES
+    equivariance: bool = True            # VFM-VAE's equivariance regularisation, in the stages that have it
+    ema_kimg: float = 160.0              # half-life of the weights' moving average; at most 5% of the images seen
+    perceptual: str = "vfm"              # lpips, or vfm: the same distance on the toy VFM's features
+    lpips_weights: str = ""              # VGG16 and LPIPS linear layers, comma-separated files; empty: fetch the public ones
+    disc_vfm: str = "toy"                # the frozen ViT under the projected discriminator
+    ndf: int = 16                        # PatchGAN's base channels
+    seed: int = 0
+    compile: bool = torch.cuda.is_available()   # torch.compile the networks
+    log_interval: int = 10               # steps
+    grid_interval: int = 500             # steps between pictures of reconstructions
+    save_interval: int = 500             # steps between checkpoints
+    eval_images: int = 2000              # held-out images
+
+
+PRESETS = dict(
+    toy={},
+    imagenet=dict(data="data/imagenet", image_size=256, crop=True, workers=12, vfm="", scale_factor=0.0, layers=(0, 12, -1), downsample=16, post_factor=16,
+                  widths=(512, 512, 512, 512, 256, 128), fuse_dims=(512, 256, 128, 128), attention=(2, 2, 2), num_res_blocks=2, w_dim=512, ch=128,
+                  ch_mult=(1, 1, 2, 2, 4), kimg=0.0, batch_size=512, lr_scale=1.0, gan_scale=1.0, lpips_scale=1.0, perceptual="lpips", disc_vfm="dino_vits16",
+                  ndf=64, log_interval=50, grid_interval=2000, save_interval=2000, eval_images=50_000))
+
+
+@dataclass
+class Stage:
+    """One row of a recipe; a column that is left out is zero or off."""
+    name: str
+    kimg: float                          # length, thousands of images
+    trains: str                          # encoder (the VFM), adapter, decoder, high (the decoder's three finest blocks: above 32 px of 256)
+    lr: float = 1e-4
+    encoder_lr: float = 0.1              # the VFM's learning rate over the others' (ours)
+    betas: tuple = (0.0, 0.99)           # Adam's, both networks
+    summed: bool = False                 # LDM sums pixel and perceptual terms over C, H, W
+    sample: bool = True                  # decode a sample of the posterior, not its mean
+    l1: float = 1.0
+    lpips: float = 0.0
+    ssim: float = 0.0
+    multires: float = 0.0                # each coarser scale's L1, for the first multires_kimg
+    multires_kimg: float = 0.0
+    kl: float = 0.0
+    vf: float = 0.0                      # times the adaptive weight
+    vf_margins: tuple = (0.0, 0.0)       # of the similarity matrices, of the cosine
+    preserve: float = 0.0                # AlignTok's semantic preservation
+    dino: float = 0.0                    # projected discriminator, hinge
+    patch: float = 0.0                   # PatchGAN, hinge
+    multi: float = 0.0                   # three-scale PatchGAN, least squares
+    matching: float = 0.0                # ... and its feature matching
+    gan_adaptive: bool = False           # LDM's adaptive weight
+    gan_start_kimg: float = 0.0
+    equivariance: bool = False
+
+
+def rows(*stages, **shared):
+    return [Stage(**{**shared, **stage}) for stage in stages]
+
+
+# The recipes. VFM-VAE: the paper's configuration. VA-VAE: 130 epochs of ImageNet (1,281 kimg each), adaptive weight 0.5, then 0.1, then
+# with margins. vae: latent diffusion's losses, as long as VA-VAE. AlignTok: the paper gives what trains under which losses; lengths,
+# learning rates and lambda_sp = 1 on mean squared differences are ours, the first stage longest, since semantics are learnt slowly.
+LDM = dict(betas=(0.5, 0.9), lpips=1.0, kl=1e-6, patch=0.5, gan_adaptive=True)
+STAGES = dict(
+    vfmvae=rows(
+        dict(name="strong alignment", kimg=20_000, trains="adapter decoder", vf=5.0, kl=1e-6, lpips=10.0, multires=0.1, multires_kimg=5_000, equivariance=True),
+        dict(name="weak alignment", kimg=20_000, trains="adapter decoder", vf=1.0, kl=1e-6, lpips=10.0, equivariance=True),
+        dict(name="ssim", kimg=1_000, trains="decoder", lr=5e-5, lpips=2.0, ssim=1.0, equivariance=True),
+        dict(name="patchgan", kimg=3_000, trains="high", lr=5e-5, l1=0.0, multi=1.0, matching=10.0), dino=1.0),
+    aligntok=rows(
+        dict(name="latent alignment", kimg=38_400, trains="adapter decoder", gan_start_kimg=1_280),
+        dict(name="perceptual alignment", kimg=19_200, trains="encoder adapter decoder", preserve=1.0),
+        dict(name="decoder refinement", kimg=12_800, trains="decoder", kl=0.0), **LDM),
+    vavae=rows(
+        dict(name="strong alignment", kimg=128_100, trains="adapter decoder", vf=0.5, gan_start_kimg=1_280),
+        dict(name="weak alignment", kimg=19_200, trains="adapter decoder", vf=0.1),
+        dict(name="margins", kimg=19_200, trains="adapter decoder", vf=0.1, vf_margins=(0.25, 0.5)), summed=True, **LDM),
+    vae=rows(dict(name="reconstruction", kimg=166_500, trains="adapter decoder", gan_start_kimg=1_280), summed=True, **LDM))
+
 
 # -----------------------------------------------------------------------------
 # Command line, processes, checkpoints, logs: what every script of this repository begins and ends with
@@ -1632,3 +1750,448 @@ def draw_equivariance(seed, step, grid, granularity):
     if kind is None or not scales:
         return None, 1.0, 0
     return kind, float(rng.choice(scales)), int(rng.integers(4)) if kind == "latent" else 0
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+def vfm_of(cfg):
+    """(name, scale factor) of the VFM that the method uses: the configured one, or the paper's."""
+    name, scale = {"vfmvae": ("siglip2-large-patch16-512", 2.0)}.get(cfg.method, ("dinov2_vitl14", 0.875))
+    return cfg.vfm or name, cfg.scale_factor or scale
+
+
+def build_tokenizer(cfg, pretrained=True):
+    """The untrained Tokenizer of a Config, around its pretrained VFM -> (tokenizer, VF loss's VFM or None)."""
+    name, scale = vfm_of(cfg)
+    stages = STAGES[cfg.method]
+    vfm = load_vfm(name, cfg.out, pretrained) if cfg.method != "vae" else None
+    ldm = dict(ch=cfg.ch, ch_mult=list(cfg.ch_mult), num_res_blocks=2, attn_levels=[len(cfg.ch_mult) - 1])
+    arch = dict(resolution=cfg.image_size, downsample=cfg.downsample, z_dim=cfg.z_dim, scale_factor=1.0, encoder=ldm,
+                vf_dim=vfm.embed_dim if any(stage.vf for stage in stages) else 0)
+    if cfg.method in ("vfmvae", "aligntok"):
+        layers = cfg.layers if cfg.method == "vfmvae" else (-1,)
+        arch.update(vfm=vfm.config, scale_factor=scale, layers=list(layers), encoder=None)
+    if cfg.method == "vfmvae":
+        arch.update(level_dims=[cfg.level_dim] * len(layers))
+    if (cfg.decoder or ("vfmvae" if cfg.method == "vfmvae" else "ldm")) == "vfmvae":
+        arch.update(decoder_kind="vfmvae", decoder=dict(post_factor=cfg.post_factor, widths=list(cfg.widths), fuse_dims=list(cfg.fuse_dims),
+                                                        attention=list(cfg.attention), num_res_blocks=cfg.num_res_blocks, w_dim=cfg.w_dim))
+    else:
+        arch.update(decoder_kind="ldm", decoder=ldm)
+        if 2 ** (len(cfg.ch_mult) - 1) != cfg.downsample:
+            raise UserError(f"--ch_mult={','.join(map(str, cfg.ch_mult))} downsamples by {2 ** (len(cfg.ch_mult) - 1)}, but --downsample={cfg.downsample}")
+    tokenizer = Tokenizer(**arch)
+    tokenizer.check_size(cfg.image_size, cfg.image_size)
+    if tokenizer.vfm is not None:
+        tokenizer.vfm.load_state_dict(vfm.state_dict())
+        vfm = None                       # the loss reads the encoder's own features
+    return tokenizer, vfm
+
+
+def select_parameters(tokenizer, trains):
+    """Marks what a stage trains ("encoder", "adapter", "decoder", "high": the decoder's three finest blocks); the rest is frozen -> groups."""
+    tokenizer.requires_grad_(False)
+    modules = dict(encoder=[tokenizer.vfm], adapter=[tokenizer.adapter, tokenizer.vf_proj], decoder=[tokenizer.decoder],
+                   high=list(getattr(tokenizer.decoder, "blocks", []))[-3:])
+    groups = {}
+    for name in trains.split():
+        groups[name] = [p for module in modules[name] if module is not None for p in module.requires_grad_(True).parameters()]
+    return groups
+
+
+def average_gradients(parameters, world):
+    """One all-reduce of all gradients. Not DistributedDataParallel: the adaptive loss weights walk one graph in several backward passes."""
+    if world.size > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = world.mean(torch._utils._flatten_dense_tensors(grads))
+        torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
+
+
+def norm_of(tensors):
+    return torch.linalg.vector_norm(torch.stack([t.float().norm() for t in tensors]))
+
+
+class Trainer:
+    """The two networks' losses for one batch: what `train` and align.py's joint training share.
+
+    The graph is cut at the latent and at the images, and the gradients are handed over by hand: so the decoder is walked backward once
+    for each group of losses whose gradients must be told apart, and the adaptive weights cost no further pass.
+    """
+
+    def __init__(self, cfg, tokenizer, world, vfm=None, pretrained=True):
+        self.cfg, self.tokenizer, self.world, self.target_vfm = cfg, tokenizer, world, vfm
+        self.perceptual_net = None
+        if any(stage.lpips for stage in STAGES[cfg.method]) and cfg.lpips_scale:
+            self.perceptual_net = (FeatureDistance(load_vfm("toy", cfg.out)) if cfg.perceptual == "vfm" else LPIPS(cfg.lpips_weights if pretrained else None)).to(world.device)
+        self.pretrained, self.anchor, self.gan = pretrained, None, None
+
+    def start_stage(self, stage):
+        """Freezes and unfreezes, makes the discriminators and both optimizers."""
+        cfg, device = self.cfg, self.world.device
+        self.stage = stage
+        groups = select_parameters(self.tokenizer, stage.trains)
+        self.parameters = [p for group in groups.values() for p in group]
+        adam = functools.partial(torch.optim.Adam, betas=stage.betas, fused=device.type == "cuda")
+        self.optimizer = adam([dict(params=group, lr=stage.lr * cfg.lr_scale * (stage.encoder_lr if name == "encoder" else 1)) for name, group in groups.items()], lr=stage.lr)
+        self.gan = self.gan_optimizer = None
+        if cfg.gan_scale and (stage.dino or stage.patch or stage.multi):
+            vit = load_vfm(cfg.disc_vfm, cfg.out, self.pretrained) if stage.dino else None
+            self.gan = GAN(stage, vit, cfg.ndf).to(device)
+            if self.world.size > 1 and device.type == "cuda":
+                self.gan = nn.SyncBatchNorm.convert_sync_batchnorm(self.gan)
+            if self.world.size > 1:      # the same start everywhere
+                for p in self.gan.parameters():
+                    dist.broadcast(p.data, 0)
+            self.gan_optimizer = adam(self.gan.trainable(), lr=stage.lr * cfg.lr_scale)
+        if stage.preserve and self.anchor is None:      # the frozen stage-1 encoder of AlignTok's semantic preservation loss
+            self.anchor = copy.deepcopy(nn.ModuleDict(dict(vfm=self.tokenizer.vfm, adapter=self.tokenizer.adapter))).requires_grad_(False)
+        if cfg.compile:
+            torch._functorch.config.donated_buffer = False      # the decoder's graph may be walked twice
+            for module in (self.tokenizer.vfm, self.target_vfm, self.tokenizer.decoder, self.perceptual_net, self.gan.dino.vit if self.gan and self.gan.dino else None):
+                if module is not None:
+                    module.compile(dynamic=False)
+
+    def encode(self, images):
+        """-> mean, logvar, VFM features of these images (or None)."""
+        tok, trains = self.tokenizer, self.stage.trains
+        with self.world.autocast():
+            with torch.set_grad_enabled("encoder" in trains):
+                features = tok.features(images)
+            with torch.set_grad_enabled("adapter" in trains):
+                moments = tok.moments(features, *images.shape[-2:]).float()
+        mean, logvar = moments.chunk(2, 1)
+        return mean, logvar.clamp(-30, 20), features
+
+    def latent_losses(self, images, z, mean, logvar, features):
+        """The weighted KL and preservation losses, and the unweighted VF loss: those that reach the encoder without the decoder."""
+        stage, zero = self.stage, mean.new_zeros(())
+        values, fixed, vf = {}, zero, None
+        if stage.kl:
+            values["kl"] = kl_loss(mean, logvar)
+            fixed = fixed + stage.kl * values["kl"]
+        if stage.preserve:
+            with torch.no_grad(), self.world.autocast():
+                grid = mean.shape[-2:]
+                size = [round(side * self.tokenizer.scale_factor) for side in images.shape[-2:]]
+                anchor = self.anchor["adapter"](self.anchor["vfm"](self.anchor["vfm"].resize(images, size), self.tokenizer.layers), grid).float().chunk(2, 1)[0]
+            values["preserve"] = F.mse_loss(mean, anchor)
+            fixed = fixed + stage.preserve * values["preserve"]
+        if stage.vf and "adapter" in stage.trains:
+            with torch.no_grad(), self.world.autocast():
+                target = features[-1] if self.target_vfm is None else self.target_vfm(self.target_vfm.resize(images, [
+                    round(side * vfm_of(self.cfg)[1]) for side in images.shape[-2:]]))[0]
+            with self.world.autocast():
+                projected = self.tokenizer.vf_proj(z)
+            values["vf"] = vf = vf_loss(projected, target, *stage.vf_margins)
+        return values, fixed, vf
+
+    def reconstruction_loss(self, outputs, target, images_seen):
+        """The weighted sum of pixel, perceptual, SSIM and multi-resolution terms, on all the decoder's scales -> (loss, parts)."""
+        stage, fake = self.stage, outputs[-1]
+        scale = target[0].numel() if stage.summed else 1
+        values, loss = {}, fake.new_zeros(())
+        if stage.l1:
+            values["l1"] = F.l1_loss(fake, target)
+            loss = loss + stage.l1 * scale * values["l1"]
+        if stage.lpips and self.perceptual_net is not None:
+            with self.world.autocast():
+                values["lpips"] = self.perceptual_net(fake, target).mean()
+            loss = loss + stage.lpips * self.cfg.lpips_scale * scale * values["lpips"]
+        if stage.ssim:
+            values["ssim"] = 1 - ssim(fake.clamp(-1, 1), target).mean()
+            loss = loss + stage.ssim * values["ssim"]
+        if len(outputs) > 1:
+            resize = lambda size: F.interpolate(target, size, mode="bilinear", antialias=True, align_corners=False)
+            values["multires"] = sum(F.l1_loss(small, resize(small.shape[-2:])) for small in outputs[:-1])
+            loss = loss + stage.multires * values["multires"]
+        return loss, values
+
+    def generator_step(self, images, step, images_seen, share=1.0):
+        """Accumulates the tokenizer's gradients for one (micro-)batch -> (losses, fake, target)."""
+        stage, tok, cfg = self.stage, self.tokenizer, self.cfg
+        kind, scale, turns = None, 1.0, 0
+        if stage.equivariance and cfg.equivariance:
+            kind, scale, turns = draw_equivariance(cfg.seed, step, cfg.image_size // tok.downsample, tok.decoder.granularity)
+        shrink = lambda x, s: x if s == 1 else F.interpolate(x, [round(side * s) for side in x.shape[-2:]], mode="bilinear", antialias=True, align_corners=False)
+        if kind == "image":
+            images = shrink(images, scale)
+        mean, logvar, features = self.encode(images)
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if stage.sample else mean
+        target, moved = images, z
+        if kind == "latent":
+            target = torch.rot90(shrink(images, scale), turns, (2, 3))
+            moved = z if scale == 1 else F.interpolate(z, [round(side * scale) for side in z.shape[-2:]], mode="bilinear", align_corners=False)
+            moved = torch.rot90(moved, turns, (2, 3))
+        cut = moved.detach().requires_grad_(z.requires_grad)
+        scales = bool(stage.multires) and images_seen < stage.multires_kimg * 1000 * self.length_scale
+        with self.world.autocast():
+            outputs = tok.decoder(cut, scales=scales)
+        outputs = outputs if scales else [outputs]
+        leaves = [output.detach().float().requires_grad_() for output in outputs]
+        fake = leaves[-1]
+        reconstruction, values = self.reconstruction_loss(leaves, target, images_seen)
+        grads = list(torch.autograd.grad(reconstruction, leaves, allow_unused=True)) if reconstruction.requires_grad else [None] * len(leaves)
+        grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
+        adversarial = None
+        if self.gan is not None and images_seen >= stage.gan_start_kimg * 1000 * self.length_scale:
+            self.gan.requires_grad_(False)
+            with self.world.autocast():
+                parts = self.gan.generator_loss(fake, target)
+            values.update(parts)
+            adversarial, = torch.autograd.grad(cfg.gan_scale * sum(getattr(stage, name) * value for name, value in parts.items()), fake)
+            if stage.gan_adaptive:       # LDM: the ratio of both gradients at the decoder's last layer
+                last = tok.decoder.last_weight()
+                at = lambda grad: torch.autograd.grad(outputs[-1], last, grad.to(outputs[-1].dtype), retain_graph=True)[0].float().norm()
+                values["gan_weight"] = (at(grads[-1]) / (at(adversarial) / cfg.gan_scale + 1e-4)).clamp(0, 1e4)
+                adversarial = adversarial * values["gan_weight"]
+        latent_values, fixed, vf = self.latent_losses(images, z, mean, logvar, features)
+        values.update(latent_values)
+        backward = lambda grads, retain=False: torch.autograd.backward(outputs, [(grad * share).to(output.dtype) for output, grad in zip(outputs, grads)], retain_graph=retain)
+        only_gan = lambda: [torch.zeros_like(leaf) for leaf in leaves[:-1]] + [adversarial]
+        if cut.requires_grad and vf is not None:
+            backward(grads, retain=adversarial is not None)
+            from_reconstruction = cut.grad.clone()
+            if adversarial is not None:
+                backward(only_gan())
+            last = tok.adapter.last_weight()
+            reach = torch.autograd.grad(moved, last, from_reconstruction / share, retain_graph=True)[0].norm()
+            values["vf_weight"] = (reach / (torch.autograd.grad(vf, last, retain_graph=True)[0].norm() + 1e-4)).clamp(0, 1e8) * stage.vf
+            fixed = fixed + values["vf_weight"].detach() * vf
+        else:
+            backward([a if b is None else a + b for a, b in zip(grads, [None] * (len(grads) - 1) + [adversarial])])
+        if cut.requires_grad:
+            torch.autograd.backward([moved, fixed] if fixed.requires_grad else [moved], [cut.grad, fixed.new_tensor(share)] if fixed.requires_grad else [cut.grad])
+        return {key: value.detach() if torch.is_tensor(value) else torch.tensor(float(value)) for key, value in values.items()}, fake.detach(), target
+
+    def discriminator_step(self, fake, target, share=1.0):
+        """Accumulates the discriminators' gradients -> loss."""
+        self.gan.requires_grad_(False)
+        for module in (self.gan.dino.heads if self.gan.dino else None, self.gan.patch, self.gan.multi):
+            if module is not None:
+                module.requires_grad_(True)
+        with self.world.autocast():
+            loss = self.gan.discriminator_loss(fake, target)
+        (loss * share).backward()
+        return loss.detach()
+
+    def step(self, batches, step, images_seen, stamp=lambda name: None):
+        """One optimizer step on both networks from the micro-batches of one global batch (uint8) -> losses of the last micro-batch."""
+        pairs = []
+        for images in batches:
+            images = to_float(images.to(self.world.device, non_blocking=True))
+            losses, fake, target = self.generator_step(images, step, images_seen, 1 / self.cfg.accumulate)
+            pairs.append((fake, target))
+        average_gradients(self.parameters, self.world)
+        self.optimizer.step()
+        losses["grad_norm"] = norm_of([p.grad for p in self.parameters if p.grad is not None])
+        self.optimizer.zero_grad(set_to_none=True)
+        stamp("tokenizer")
+        if self.gan is not None and images_seen >= self.stage.gan_start_kimg * 1000 * self.length_scale:
+            for fake, target in pairs:
+                losses["discriminator"] = self.discriminator_step(fake, target, 1 / self.cfg.accumulate)
+            average_gradients(self.gan.trainable(), self.world)
+            self.gan_optimizer.step()
+            self.gan_optimizer.zero_grad(set_to_none=True)
+            stamp("discriminator")
+        return losses
+
+
+def stage_plan(cfg):
+    """The stages with something to optimise under this configuration -> [(number, stage, first image, last image)], length scale."""
+    stages = [(i, stage) for i, stage in enumerate(STAGES[cfg.method], 1)
+              if stage.l1 or stage.lpips and cfg.lpips_scale or stage.ssim or cfg.gan_scale and (stage.dino or stage.patch or stage.multi)]
+    total, plan, start = sum(stage.kimg for _, stage in stages) * 1000, [], 0.0
+    scale = cfg.kimg * 1000 / total if cfg.kimg else 1.0
+    for i, stage in stages:
+        first, start = round(start / cfg.batch_size) * cfg.batch_size, start + stage.kimg * 1000 * scale
+        plan.append((i, stage, first, round(start / cfg.batch_size) * cfg.batch_size))
+    return plan, scale
+
+
+def describe(tokenizer):
+    """Parameter counts, one line."""
+    count = lambda *modules: sum(p.numel() for module in modules if module is not None for p in module.parameters()) / 1e6
+    return (f"parameters: VFM {count(tokenizer.vfm):.2f} M, {'adapter' if tokenizer.vfm else 'encoder'} {count(tokenizer.adapter, tokenizer.vf_proj):.2f} M, "
+            f"decoder {count(tokenizer.decoder):.2f} M")
+
+
+def train(cfg, world):
+    """All of `tokenizer.py`: builds or resumes, then the stages in turn; writes out/tokenizer.pt, out/log.jsonl and pictures in out/grids."""
+    path = Path(cfg.out) / "tokenizer.pt"
+    plan, length_scale = stage_plan(cfg)
+    if cfg.stage and cfg.stage not in [number for number, *_ in plan]:
+        raise UserError(f"--stage={cfg.stage}: {cfg.method} has the stages {', '.join(f'{number} ({stage.name})' for number, stage, *_ in plan)} with these weights")
+    plan = [row for row in plan if cfg.stage in (0, row[0])]
+    data = Images(cfg.data, "train", cfg.image_size, cfg.data_dir, cfg.download, cfg.crop, cfg.flip, cfg.out)
+    held_out = Images(cfg.data, "val", cfg.image_size, cfg.data_dir, cfg.download, cache=cfg.out)
+
+    torch.manual_seed(cfg.seed)
+    entries = load_checkpoint(path, "tokenizer") if cfg.resume and path.exists() else None
+    if entries:
+        fixed = ("method", "data", "image_size", "vfm", "z_dim", "decoder", "batch_size", "seed", "kimg")
+        changed = [f"{key}={entries['config'][key]}, now {getattr(cfg, key)}" for key in fixed if entries["config"][key] != getattr(cfg, key)]
+        if changed:
+            raise UserError(f"{path} was trained with {'; '.join(changed)}: choose another --out, or --resume=0 to start afresh")
+    tokenizer, vfm = build_tokenizer(cfg)
+    tokenizer = tokenizer.to(world.device, memory_format=torch.channels_last)
+    vfm = vfm.to(world.device) if vfm else None
+    seen = 0
+    if entries:
+        tokenizer.load_state_dict(entries["model"])
+        seen = entries["images"]
+    if seen < plan[0][2]:
+        raise UserError(f"stage {plan[0][0]} starts from the end of the one before, {plan[0][2]} images, but {path} {'has seen ' + str(seen) if entries else 'does not exist'}")
+    if seen >= plan[-1][3]:
+        if world.rank == 0:
+            print(f"{path} is already trained ({seen} images); --resume=0 starts afresh")
+        return tokenizer
+    trainer = Trainer(cfg, tokenizer, world, vfm)
+    trainer.length_scale = length_scale
+    if entries and entries["anchor"]:
+        trainer.anchor = copy.deepcopy(nn.ModuleDict(dict(vfm=tokenizer.vfm, adapter=tokenizer.adapter))).requires_grad_(False)
+        trainer.anchor.load_state_dict(entries["anchor"])
+    ema = {name: p.detach().clone() for name, p in tokenizer.named_parameters() if not name.startswith("vfm.") or cfg.method == "aligntok"}
+    if entries:
+        ema = {name: value.to(world.device) for name, value in entries["ema"].items()}
+    if world.rank == 0:
+        print(f"{cfg.method} on {len(data)} images of {cfg.data}, {cfg.image_size} px, latents {cfg.image_size // cfg.downsample}^2 x {cfg.z_dim}; "
+              f"{world.size} x {world.device.type}; {describe(tokenizer)}")
+        if entries:
+            print(f"resuming {path} at {seen} images")
+    log = Log(cfg.out, "tokenizer", world, plan[-1][3] // cfg.batch_size, seen // cfg.batch_size)
+    pictures = to_float(torch.stack([held_out[i][0] for i in range(min(16, len(held_out)))])).to(world.device)
+
+    def save(number, images):
+        if world.rank == 0:
+            save_checkpoint(path, kind="tokenizer", config=dataclasses.asdict(cfg), arch=tokenizer.arch, model=tokenizer.state_dict(), ema=ema, classes=data.classes,
+                            optimizer=trainer.optimizer.state_dict(), gan=trainer.gan and trainer.gan.state_dict(), stage=number, images=images,
+                            gan_optimizer=trainer.gan and trainer.gan_optimizer.state_dict(), anchor=trainer.anchor and trainer.anchor.state_dict())
+        world.barrier()
+
+    for number, stage, first, last in plan:
+        if seen >= last:
+            continue
+        seed_step(cfg.seed, -number)
+        trainer.start_stage(stage)
+        if entries and entries["stage"] == number:
+            trainer.optimizer.load_state_dict(entries["optimizer"])
+            if trainer.gan:
+                trainer.gan.load_state_dict(entries["gan"])
+                trainer.gan_optimizer.load_state_dict(entries["gan_optimizer"])
+        live = dict(tokenizer.named_parameters())
+        trained = [name for name in ema if live[name].requires_grad]
+        averages, weights = [ema[name] for name in trained], [live[name] for name in trained]
+        sampler = StepSampler(len(data), cfg.batch_size, cfg.seed, seen // cfg.batch_size, last // cfg.batch_size, world, cfg.accumulate)
+        batches = iter(make_loader(data, sampler, world, cfg.workers))
+        if world.rank == 0:
+            tqdm.write(f"stage {number}, {stage.name}: images {first} to {last}, trains {stage.trains}")
+        for step in range(seen // cfg.batch_size, last // cfg.batch_size):
+            seed_step(cfg.seed, step, world.rank)
+            losses = trainer.step((next(batches)[0] for _ in range(cfg.accumulate)), step, seen)
+            seen += cfg.batch_size
+            half_life = min(cfg.ema_kimg * 1000, 0.05 * seen)
+            torch._foreach_lerp_(averages, [p.detach() for p in weights], 1 - 0.5 ** (cfg.batch_size / half_life))
+            log.bar.update()
+            if (step + 1) % cfg.log_interval == 0:
+                log.write(step + 1, seen, epoch=seen / len(data), stage=number, lr=stage.lr * cfg.lr_scale, **losses)
+            if (step + 1) % cfg.grid_interval == 0 or seen == last:
+                if world.rank == 0:
+                    with torch.no_grad(), world.autocast(), use_weights(tokenizer, ema):
+                        decoded = tokenizer.decode(tokenizer.encode(pictures)[0])
+                    save_grid(torch.stack([pictures, decoded.float()], 1).flatten(0, 1), Path(cfg.out) / "grids" / f"tokenizer-{step + 1:07d}.png", 8)
+            if (step + 1) % cfg.save_interval == 0 or seen == last:
+                save(number, seen)
+    log.bar.close()
+    tokenizer.load_state_dict(ema, strict=False)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def use_weights(module, weights):
+    """Swaps the named weights in, and back out on leaving."""
+    live = dict(module.named_parameters())
+    saved = {name: live[name].detach().clone() for name in weights}
+    module.load_state_dict(weights, strict=False)
+    try:
+        yield
+    finally:
+        module.load_state_dict(saved, strict=False)
+
+
+@torch.no_grad()
+def evaluate(cfg, tokenizer, world):
+    """PSNR, SSIM, LPIPS where its weights are at hand, rFID (through fid.py) and latent equivariance over held-out images -> dictionary."""
+    import fid
+    data = Images(cfg.data, "val", cfg.image_size, cfg.data_dir, cfg.download, cache=cfg.out)
+    n = min(cfg.eval_images, len(data))
+    tokenizer = tokenizer.to(world.device).eval()
+    net, note = None, None
+    if cfg.perceptual == "lpips" or cfg.lpips_weights:
+        try:
+            net = LPIPS(cfg.lpips_weights).to(world.device)
+        except UserError as error:
+            note = str(error)
+    metrics, relative = {"PSNR (dB)": [], "SSIM": [], "LPIPS": []}, {}
+    moments = None
+    try:
+        extractor = fid.load_features("toy" if cfg.data == "shapes" else "inception", cfg.out, world.device)
+    except UserError as error:
+        extractor, note = None, str(error)
+    statistics = [[], []]
+    mine = range(world.rank, n, world.size)
+    for start in tqdm(range(0, len(mine), cfg.batch_size), desc="evaluating", disable=world.rank > 0):
+        images = to_float(torch.stack([data[i][0] for i in mine[start:start + cfg.batch_size]])).to(world.device)
+        mean = tokenizer.encode(images)[0]
+        decoded = tokenizer.decode(mean).float().clamp(-1, 1)
+        decoded = to_float(to_uint8(decoded))                    # as it would be saved
+        metrics["PSNR (dB)"].append(psnr(images, decoded))
+        metrics["SSIM"].append(ssim(images, decoded))
+        if net:
+            metrics["LPIPS"].append(net(images, decoded))
+        if extractor:
+            for part, batch in zip(statistics, (images, decoded)):
+                part.append(extractor(to_uint8(batch))[0])
+        if start < 512:                                          # relative error of encode(T x) against T encode(x)
+            for name, move in dict(rotation=lambda x: torch.rot90(x, 1, (2, 3)), scaling=lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=x.shape[1] == 3)).items():
+                try:
+                    ours, theirs = tokenizer.encode(move(images))[0], move(mean)
+                    relative.setdefault(name, []).append((ours - theirs).flatten(1).norm(dim=1) / theirs.flatten(1).norm(dim=1))
+                except UserError:        # half the size does not fit this tokenizer
+                    pass
+    def gather(parts):
+        parts = torch.cat(parts)
+        if world.size > 1:
+            everything = [None] * world.size
+            dist.all_gather_object(everything, parts.cpu())
+            parts = torch.cat(everything)
+        return parts
+    result = {name: gather(values).mean().item() for name, values in metrics.items() if values}
+    if extractor:
+        real, fake = (gather(part).double().cpu().numpy() for part in statistics)
+        name = "rFID" if extractor.name == "inception" else f"rFD ({extractor.name})"
+        result[name] = fid.frechet_distance(real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T))
+    for name, values in relative.items():
+        result[f"equivariance error, {name}"] = gather(values).mean().item()
+    if world.rank == 0:
+        print(f"{n} held-out images of {cfg.data}, {cfg.image_size} px")
+        print("\n".join(f"  {name:32s} {value:10.4f}" for name, value in result.items()) + (f"\n  not measured: {note}" if note else ""))
+        (Path(cfg.out) / "eval.json").write_text(json.dumps(dict(images=n, **result), indent=1) + "\n")
+    return result
+
+
+def run():
+    cfg = parse_config(Config, PRESETS)
+    if cfg.method not in STAGES:
+        raise UserError(f"--method={cfg.method}: there are {', '.join(STAGES)}")
+    world = init_world()
+    if cfg.eval:
+        evaluate(cfg, load_tokenizer(cfg.ckpt or Path(cfg.out) / "tokenizer.pt"), world)
+    elif cfg.bench:
+        bench(cfg, world)
+    else:
+        train(cfg, world)
+
+
+if __name__ == "__main__":
+    main(run)
