@@ -17,12 +17,13 @@ import os
 import re
 import shutil
 import statistics
+import sys
 import time
 import warnings
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,14 @@ from tqdm import tqdm
 from tokenizer import (PEAK_FLOPS, Images, Log, StepSampler, UserError, init_world, load_checkpoint, load_state, load_tokenizer, load_vfm, load_weights, main,
                        make_loader, parse_config, save_checkpoint, save_grid, seed_step, to_float, update_ema)
 
+sys.modules.setdefault("diffusion", sys.modules[__name__])      # as a script: sample.py must not import a second copy
+
 
 @dataclass
 class Config:
-    preset: str = "toy"               # toy, imagenet, reg
+    preset: str = ""                  # toy, imagenet or reg; imagenet where there is CUDA and data/imagenet/train
     out: str = "out"                  # folder for everything written; holds tokenizer.pt unless --tokenizer says otherwise
-    fresh: bool = False               # start over instead of going on from OUT/diffusion.pt
+    resume: bool = True               # go on from OUT/diffusion.pt if it is there
     seed: int = 0                     # of weights, data order, times, noises
     # data and its latents
     tokenizer: str = ""               # checkpoint, ours or official [OUT/tokenizer.pt]
@@ -89,7 +92,7 @@ class Config:
     clip: float = 1.0                 # gradient norm
     ema: float = 0.995                # decay a step
     # machine
-    compile: int = -1                 # torch.compile: 1, 0, or -1: where there is CUDA
+    compile: bool = torch.cuda.is_available()   # torch.compile the model
     checkpointing: bool = False       # recompute blocks in the backward pass instead of keeping activations
     fsdp: bool = False                # FSDP2: shard weights, gradients and optimizer over the processes
     bench: int = 0                    # 1: time training steps on random latents, write nothing
@@ -97,7 +100,7 @@ class Config:
     # intervals, in steps
     log_interval: int = 50
     val_interval: int = 500
-    sample_interval: int = 500        # a grid of samples, OUT/diffusion-STEP.png (0: none)
+    sample_interval: int = 500        # a grid of samples, OUT/grids/diffusion-STEP.png (0: none)
     save_interval: int = 500
 
 
@@ -263,8 +266,8 @@ class DiT(nn.Module):
             if self.projectors and i == self.encoder_depth:
                 projection = self.projectors[0](x)
         x, v_cls = self.final_layer(x, c)
-        p, grid = self.patch_size, self.input_size // self.patch_size
-        v = x.unflatten(-1, (p, p, -1)).unflatten(1, (grid, grid)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        p, side = self.patch_size, self.input_size
+        v = x.view(-1, side // p, side // p, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, side, side).contiguous()
         return (v, v_cls, projection) if self.cls_dim or self.projectors else v
 
     def flops(self):
@@ -370,14 +373,15 @@ class Latents(Dataset):
     Items are asked for as a StepSampler does, a batch at once; `read` copies rows and does nothing else. UserError if it is not finished."""
 
     def __init__(self, folder, names):
-        self.meta = read_meta(folder)
+        folder = Path(folder)
+        self.meta = read_json(folder / "meta.json")
         if not self.meta.get("complete") or not set(names) <= self.meta["arrays"].keys():
             raise UserError(f"the latents in {folder} are not finished; run diffusion.py, which goes on with them")
-        self.labels = torch.from_numpy(np.load(Path(folder) / "labels.npy"))
+        self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
         self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
         self.arrays = {}
         for name in names:
-            array = np.load(Path(folder) / f"{name}.npy", mmap_mode="c")         # copy on write: PyTorch warns of read-only memory
+            array = np.load(folder / f"{name}.npy", mmap_mode="c")         # copy on write: PyTorch warns of read-only memory
             self.arrays[name] = torch.from_numpy(array).view(DTYPES[self.meta["arrays"][name]["dtype"]][0])
 
     def __len__(self):
@@ -392,9 +396,10 @@ class Latents(Dataset):
         return self.read(torch.tensor([index for index, _ in items]), torch.tensor(mirror).long())
 
 
-def read_meta(folder):
+def read_json(path):
+    """{} if there is none, or half of one."""
     try:
-        return json.loads((Path(folder) / "meta.json").read_text())
+        return json.loads(Path(path).read_text())
     except (OSError, ValueError):
         return {}
 
@@ -422,7 +427,7 @@ def cache_latents(folder, tokenizer, images, world, indices=None, dtype="bf16", 
         if vfm is not None:
             shape = vfm_tokens(vfm, torch.zeros(1, 3, images.size, images.size, device=device), grid).shape
             wanted["features"] = dict(shape=[2 * n, *shape[1:]], dtype=dtype, of=fingerprint(vfm, made_of))
-        meta = read_meta(folder)
+        meta = read_json(folder / "meta.json")
         arrays = meta.get("arrays", {})
         usable = all(arrays.get(name) == spec for name, spec in wanted.items()) and (meta.get("complete") or arrays.keys() == wanted.keys())
         for name, spec in arrays.items():
@@ -444,7 +449,7 @@ def cache_latents(folder, tokenizer, images, world, indices=None, dtype="bf16", 
             np.save(folder / "labels.npy", np.asarray(images.labels)[indices].astype(np.int64))
             write_json(folder / "meta.json", dict(arrays=wanted, complete=False))
     world.barrier()
-    if not read_meta(folder)["complete"]:
+    if not read_json(folder / "meta.json")["complete"]:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}
         done = np.load(folder / "done.npy", mmap_mode="r+")
         mine = np.array_split(np.flatnonzero(done == 0), world.size)[world.rank]
@@ -480,7 +485,7 @@ def cache_latents(folder, tokenizer, images, world, indices=None, dtype="bf16", 
         bar.close()
         world.barrier()
         if world.rank == 0:
-            meta = read_meta(folder)
+            meta = read_json(folder / "meta.json")
             write_json(folder / "meta.json", dict(meta, complete=True, **latent_statistics(folder, n, names, dtype, stat_images)))
         world.barrier()
     return Latents(folder, names)
@@ -501,3 +506,285 @@ def latent_statistics(folder, n, names, dtype, count):
     if not (std > 0).all():              # NaN included
         raise UserError(f"channels {torch.where(~(std > 0))[0].tolist()} of the latents in {folder} are constant or not finite: is the tokenizer trained? (delete {folder} to encode anew)")
     return dict(mean=mean.tolist(), std=std.tolist())
+
+
+# -----------------------------------------------------------------------------
+# Flow matching
+
+class ImageNoise:
+    """Gaussian noise that depends on (seed, image index) alone: each image has a stream of its own, on the CPU; called with a tensor [B, ...],
+    gives the next numbers of every stream in its shape, dtype and device."""
+
+    def __init__(self, seed, indices):
+        self.generators = [torch.Generator().manual_seed(int(np.random.SeedSequence((seed, int(i))).generate_state(1, np.uint64)[0])) for i in indices]
+
+    def __call__(self, like):
+        return torch.stack([torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in self.generators]).to(like.device, non_blocking=True)
+
+
+def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
+    """The terms of the objective at x_t = t latents + (1 - t) noise, each [B]; the caller weighs them, and decides what each one reaches.
+
+    velocity: mean squared error; cosine: mean over positions of 1 - cos over channels (LightningDiT). `tokens` [B, (1 +) N, D] are the VFM's for
+    the clean images. repa: negative cosine similarity of the projection and the tokens (REPA eq. 8). cls: the velocity error of the class
+    token, tokens[:, 0] noised with `cls_noise` [B, D] (REG). latents: normalised, [B, C, S, S]; labels after class dropout; t, noise as drawn.
+    """
+    x, target = torch.lerp(noise, latents, t.view(-1, 1, 1, 1)), latents - noise
+    if cls_noise is None:
+        out = model(x, t, labels)
+    else:
+        out = model(x, t, labels, torch.lerp(cls_noise, tokens[:, 0], t[:, None]))
+    v, v_cls, projection = out if isinstance(out, tuple) else (out, None, None)
+    v = v.float()
+    losses = dict(velocity=(v - target).square().mean((1, 2, 3)), cosine=1 - F.cosine_similarity(v, target, dim=1).mean((1, 2)))
+    if v_cls is not None:
+        losses["cls"] = (v_cls.float() - (tokens[:, 0] - cls_noise)).square().mean(1)
+    if projection is not None:
+        losses["repa"] = -F.cosine_similarity(projection.float(), tokens[:, -projection.shape[1]:], dim=-1).mean(1)
+    return losses
+
+
+def draw_times(n, step, cfg, device):
+    """Logit-normal(0, 1), LightningDiT's (after Stable Diffusion 3), or uniform."""
+    uniform = cfg.times == "uniform" or 0 < cfg.uniform_from <= step
+    return torch.rand(n, device=device) if uniform else torch.randn(n, device=device).sigmoid()
+
+
+def build(cfg, world, arch, saved=None):
+    """(model, the same wrapped for several processes, its EMA, optimizer), from a checkpoint's entries if `saved`."""
+    seed_step(cfg.seed, -1)
+    model = DiT(**arch)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    if saved:
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+    model.checkpointing = cfg.checkpointing
+    model, ema = model.to(world.device).train(), ema.to(world.device)
+    if cfg.compile:
+        # alone: one graph; else one a block, compiled once for all of them, so that gradients leave and weights arrive block by block
+        for module in [model] if world.size == 1 and not cfg.fsdp else model.blocks:
+            module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+    parallel = model
+    if cfg.fsdp:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if world.device.type == "cuda" else MixedPrecisionPolicy()
+        for part in (*model.blocks, model, *ema.blocks, ema):
+            fully_shard(part, mp_policy=policy)
+    elif world.size > 1:
+        parallel = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=0, fused=True)
+    if saved:
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
+    return model, parallel, ema, optimizer
+
+
+def full_state(model, ema, optimizer):
+    """Plain CPU state dicts, whatever the sharding; empty but on rank 0 under FSDP."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(model=get_model_state_dict(model, options=options), ema=get_model_state_dict(ema, options=options),
+                optimizer=get_optimizer_state_dict(model, optimizer, options=options))
+
+
+def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
+    """One optimizer step on `accumulate` batches of dict(latents, labels, tokens or None) -> this process's losses, on the device."""
+    weights = dict(velocity=1.0, cosine=cfg.cosine_weight, cls=cfg.cls_weight, repa=cfg.repa_weight)
+    optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+    seed_step(cfg.seed, step, world.rank)
+    totals = {}
+    for k, batch in enumerate(batches):
+        z, y, tokens = batch["latents"], batch["labels"], batch["tokens"]
+        y = torch.where(torch.rand(len(y), device=y.device) < cfg.class_dropout, model.num_classes, y)
+        cls_noise = torch.randn_like(tokens[:, 0]) if model.cls_dim else None
+        if cfg.fsdp:
+            parallel.set_requires_gradient_sync(k == cfg.accumulate - 1)
+        elif parallel is not model:
+            parallel.require_backward_grad_sync = k == cfg.accumulate - 1
+        with world.autocast():
+            losses = flow_losses(parallel, z, y, draw_times(len(y), step, cfg, y.device), torch.randn_like(z), tokens, cls_noise)
+        losses = {name: value.mean() for name, value in losses.items()}
+        loss = sum(weights[name] * value for name, value in losses.items())
+        (loss / cfg.accumulate).backward()
+        for name, value in dict(loss=loss, **losses).items():
+            totals[name] = totals.get(name, 0) + value.detach() / cfg.accumulate
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    update_ema(ema, model, cfg.ema)
+    return dict(totals, grad_norm=norm.full_tensor() if cfg.fsdp else norm)
+
+
+def prepare(batch, latents, device, tokens=None):
+    """Rows of the cache -> dict(latents: normalised, sampled where logvar is cached; labels; tokens) on the device, in float32."""
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    z = batch["mean"].float()
+    if "logvar" in batch:
+        z = torch.addcmul(z, (0.5 * batch["logvar"].float()).exp(), torch.randn_like(z))
+    mean, std = (s.to(device, non_blocking=True).view(1, -1, 1, 1) for s in (latents.mean, latents.std))
+    return dict(latents=(z - mean) / std, labels=batch["labels"], tokens=batch["features"].float() if "features" in batch else tokens)
+
+
+def training_batches(latents, sampler, world, cfg, images=None, vfm=None, grid=None):
+    """Prepared batches in the sampler's order; `images` (with flip=True) and `vfm`: tokens on the fly, of the same pictures."""
+    loader = DataLoader(latents, batch_sampler=sampler, collate_fn=dict, num_workers=cfg.workers, pin_memory=world.device.type == "cuda")
+    pictures = make_loader(images, sampler, world, cfg.workers) if images is not None else repeat((None, None))
+    for batch, (picture, _) in zip(loader, pictures):
+        tokens = None
+        if picture is not None:
+            with torch.no_grad(), world.autocast():
+                tokens = vfm_tokens(vfm, to_float(picture.to(world.device, non_blocking=True)), grid)
+        yield prepare(batch, latents, world.device, tokens)
+
+
+@torch.no_grad()
+def validate(model, val, latents, world, batch):
+    """Mean losses on held-out latents at times and noises that depend on the image's number alone: comparable between runs on the same latents."""
+    mine, totals = torch.arange(len(val) // world.size * world.size)[world.rank::world.size], {}
+    for index in mine.split(batch):
+        data, noise = prepare(val.read(index, 0 * index), latents, world.device), ImageNoise(0, index)
+        t = (index.double() * 0.6180339887498949 % 1).float().to(world.device)       # golden ratio: even over [0, 1] in any run of images
+        cls_noise = noise(data["tokens"][:, 0]) if model.cls_dim else None
+        with world.autocast():
+            losses = flow_losses(model, data["latents"], data["labels"], t, noise(data["latents"]), data["tokens"], cls_noise)
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0) + value.sum() / len(mine)
+    return {f"val_{name}": world.mean(value) for name, value in totals.items()}
+
+
+def bench(cfg, world):
+    """Times training steps, and evaluations as in sampling, on random latents."""
+    dim = load_vfm(cfg.align_vfm, pretrained=False).embed_dim if cfg.align != "none" else 0
+    model, parallel, ema, optimizer = build(cfg, world, model_arch(cfg, cfg.bench_latents[0], cfg.bench_latents[1], 1000, dim))
+    n, cuda = cfg.batch_size // world.size // cfg.accumulate, world.device.type == "cuda"
+    batch = dict(latents=torch.randn(n, *cfg.bench_latents, device=world.device), labels=torch.randint(1000, (n,), device=world.device),
+                 tokens=torch.randn(n, 1 + model.pos_embed.shape[1] - bool(model.cls_dim), dim, device=world.device) if dim else None)
+
+    def seconds(f, warm=3, runs=10):
+        for _ in range(warm):
+            f()
+        durations = []
+        for _ in range(runs):
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            f()
+            if cuda:
+                torch.cuda.synchronize()
+            durations.append(time.perf_counter() - start)
+        return statistics.median(durations)
+
+    step = seconds(lambda: train_step(model, parallel, ema, optimizer, [batch] * cfg.accumulate, cfg, world, 0))
+    memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else "not measured on the CPU"
+    model.eval()
+
+    @torch.no_grad()
+    def evaluate():
+        with world.autocast():
+            model(batch["latents"], torch.full((n,), 0.5, device=world.device), batch["labels"], *([batch["tokens"][:, 0]] if model.cls_dim else []))
+
+    forward = seconds(evaluate)
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()), None)
+    if world.rank == 0:
+        mfu = lambda flops, t: f", MFU {flops * n / t / peak:.1%}" if peak else ""
+        print(f"{cfg.model}/{cfg.patch_size} {cfg.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {model.flops() / 1e9:.2f} GFLOP "
+              f"an image forward, batch {cfg.batch_size} on {world.size} x {torch.cuda.get_device_name() if cuda else 'CPU'}")
+        print(f"training step   {step * 1e3:9.1f} ms  {cfg.batch_size / step:9.1f} images/s" + mfu(3 * cfg.accumulate * model.flops(), step) + f", peak memory {memory}")
+        print(f"evaluation      {forward * 1e3:9.1f} ms  {n * world.size / forward:9.1f} images/s" + mfu(model.flops(), forward))
+
+
+def model_arch(cfg, channels, side, num_classes, vfm_dim):
+    """The DiT arguments that the flags ask for."""
+    if cfg.model not in SIZES or cfg.arch not in ("lightningdit", "sit") or cfg.align not in ("none", "repa", "reg"):
+        raise UserError(f"--model={cfg.model} --arch={cfg.arch} --align={cfg.align}: there are {', '.join(SIZES)}; lightningdit, sit; none, repa, reg")
+    depth, width, heads = (given or default for given, default in zip((cfg.depth, cfg.hidden_size, cfg.num_heads), SIZES[cfg.model]))
+    if cfg.align != "none" and not 1 <= cfg.encoder_depth <= depth:
+        raise UserError(f"--encoder_depth={cfg.encoder_depth} is not one of the model's {depth} blocks")
+    return dict(input_size=side, in_channels=channels, patch_size=cfg.patch_size, hidden_size=width, depth=depth, num_heads=heads, num_classes=num_classes,
+                arch=cfg.arch, qk_norm=cfg.qk_norm, cls_dim=vfm_dim if cfg.align == "reg" else 0, z_dim=vfm_dim, projector_dim=cfg.projector_dim,
+                encoder_depth=cfg.encoder_depth)
+
+
+# -----------------------------------------------------------------------------
+
+def run():
+    cfg = parse_config(Config, PRESETS)
+    world = init_world()
+    if cfg.bench:
+        return bench(cfg, world)
+    out, device = Path(cfg.out), world.device
+    path, tokenizer_path = out / "diffusion.pt", cfg.tokenizer or str(out / "tokenizer.pt")
+    if not os.path.exists(tokenizer_path):
+        raise UserError(f"no tokenizer at {tokenizer_path}; run tokenizer.py first, or name one with --tokenizer")
+
+    # data
+    tokenizer = load_tokenizer(tokenizer_path).to(device)
+    size = cfg.image_size or tokenizer.resolution
+    train, held_out = (Images(cfg.data, split, size, cfg.data_dir, cfg.download, flip=split == "train", cache=cfg.out) for split in ("train", "val"))
+    side = size // tokenizer.downsample
+    vfm = load_vfm(cfg.align_vfm, out=cfg.out).to(device) if cfg.align != "none" else None
+    if cfg.align == "reg" and vfm.cls_token is None:
+        raise UserError(f"--align=reg needs a VFM with a class token; {cfg.align_vfm} has none (--align=repa does without)")
+    arch = model_arch(cfg, tokenizer.z_dim, side, len(train.classes), vfm.embed_dim if vfm else 0)
+    folder, on_the_fly = Path(cfg.latents or out / "latents"), vfm is not None and not cfg.cache_features
+    keywords = dict(dtype=cfg.cache_dtype, posterior=cfg.sample_posterior, grid=side // cfg.patch_size, batch=cfg.encode_batch, workers=cfg.workers)
+    latents = cache_latents(folder / "train", tokenizer, train, world, vfm=None if on_the_fly else vfm, **keywords)
+    some = np.linspace(0, len(held_out) - 1, min(cfg.val_images, len(held_out))).astype(int)
+    val = cache_latents(folder / "val", tokenizer, held_out, world, some, vfm=vfm, **keywords)
+
+    # model, resumed if there is a checkpoint of the same run
+    origin = latents.meta["arrays"]["mean"]["of"]
+    saved = load_checkpoint(path, "diffusion") if cfg.resume and path.exists() else None
+    if saved:
+        now = dict(arch, latents=origin, batch_size=cfg.batch_size, seed=cfg.seed)
+        then = dict(saved["arch"], latents=saved["latents"], batch_size=saved["config"]["batch_size"], seed=saved["config"]["seed"])
+        if changed := [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]:
+            raise UserError(f"{path} is another run's ({'; '.join(changed)}): repeat its flags to go on with it, --resume=0 to replace it, or give another --out")
+    start, steps = saved["step"] if saved else 0, round(cfg.epochs * len(train) / cfg.batch_size) or cfg.steps
+    model, parallel, ema, optimizer = build(cfg, world, arch, saved)
+    del saved
+    if world.rank == 0:
+        print(f"{cfg.model}/{cfg.patch_size} {cfg.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {steps:,} steps of {cfg.batch_size:,} = "
+              f"{steps * cfg.batch_size / len(train):.1f} epochs of {len(train):,} images" + (f"; going on from step {start:,}" if start else ""), flush=True)
+
+    def save(step):
+        state = full_state(model, ema, optimizer)
+        if world.rank == 0:
+            save_checkpoint(path, kind="diffusion", config=asdict(cfg), arch=arch, **state, latent_mean=latents.mean, latent_std=latents.std, latents=origin,
+                            tokenizer=tokenizer_path, classes=list(train.classes), image_size=size, step=step, images=step * cfg.batch_size)
+
+    def grid(step):                      # sample.py imports this file: it is asked for only when a grid is due
+        from sample import Config as Sampling, generate
+        columns = min(len(train.classes), 10)
+        y = torch.arange(columns).repeat(4)
+        images = generate(ema, tokenizer, latents.mean, latents.std, range(len(y)), y, Sampling(seed=cfg.seed), world)
+        if world.rank == 0:
+            save_grid(images, out / "grids" / f"diffusion-{step:07d}.png", columns, [train.classes[i] for i in y])
+
+    # loop
+    sampler = StepSampler(len(train), cfg.batch_size, cfg.seed, start, steps, world, cfg.accumulate)
+    batches = training_batches(latents, sampler, world, cfg, *((train, vfm, side // cfg.patch_size) if on_the_fly else ()))
+    log = Log(out, "diffusion", world, steps, start)
+    log.flops = 3 * model.flops()        # a backward pass costs two forward ones
+    for step in range(start, steps):
+        losses = train_step(model, parallel, ema, optimizer, islice(batches, cfg.accumulate), cfg, world, step)
+        done, last = step + 1, step + 1 == steps
+        log.bar.update(1)
+        if done % cfg.val_interval == 0 or last:
+            losses.update(validate(ema, val, latents, world, cfg.encode_batch))
+        if done % cfg.log_interval == 0 or "val_velocity" in losses:
+            losses = {name: world.mean(value.clone()) for name, value in losses.items()}
+            log.write(done, done * cfg.batch_size, lr=optimizer.param_groups[0]["lr"], epoch=done * cfg.batch_size / len(train), **losses)
+            if not math.isfinite(losses["loss"]):
+                raise UserError(f"the loss is {float(losses['loss'])} at step {done}: try a lower --lr, or --qk_norm=1; {path} is as it was")
+        if cfg.sample_interval and (done % cfg.sample_interval == 0 or last):
+            grid(done)
+        if done % cfg.save_interval == 0 or last:
+            save(done)
+    log.bar.close()
+    if start >= steps and world.rank == 0:
+        print(f"{path} has its {steps:,} steps; more: --steps={2 * steps}, again from the start: --resume=0")
+
+
+if __name__ == "__main__":
+    main(run)

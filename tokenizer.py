@@ -71,7 +71,7 @@ class Config:
     widths: tuple = (128, 128, 64, 32)   # channels of its blocks, coarse to fine; their number is log2(f) + log2(coarsest fold)
     fuse_dims: tuple = (128, 64)         # channels of the latent fused into its first blocks
     attention: tuple = (1, 1)            # self-attentions after its first blocks
-    num_res_blocks: int = 1              # ConvNeXt layers: 1 + 3 x this, or 1 + 2 x this above block 3
+    num_res_blocks: int = 0              # ConvNeXt layers: 1 + 3 x this, or 1 + 2 x this above block 3
     w_dim: int = 128                     # style width
     ch: int = 32                         # LDM autoencoder: base channels
     ch_mult: tuple = (1, 2, 2, 4)        # ... and their multiples, fine to coarse
@@ -212,8 +212,10 @@ def main(run):
     """Runs a script's `run()`; a UserError becomes one line and exit status 1."""
     try:
         run()
-    except UserError as error:           # a DataLoader worker wraps the line into a traceback: the last line is ours
-        line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+    except UserError as error:
+        for bar in list(tqdm._instances):
+            bar.close()
+        line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]      # a DataLoader worker wraps the line into a traceback
         sys.exit(f"{Path(sys.argv[0]).name}: {line}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last checkpoint")
@@ -918,7 +920,7 @@ TOY_VIT = dict(image_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4,
 TOY_VFMS = {"toy": ("shape", "hue", "texture", "ground", "place", "size", "turn"), "toy-blind": ("hue", "texture", "ground", "place", "size", "turn")}
 
 
-def train_toy_vfm(name, out, images=64_000, batch=64, lr=1e-3):
+def train_toy_vfm(name, out, images=128_000, batch=64, lr=1e-3):
     """The checkpoint of a toy VFM; trains it, for about two minutes on two cores, where `out` has none (rank 0 does, the others wait)."""
     path, world = Path(out) / f"vfm-{name}.pt", init_world()
     if world.rank == 0 and not path.exists():
@@ -1524,8 +1526,11 @@ def psnr(a, b):
     return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))
 
 
-def ssim(a, b):
-    """Structural similarity of images in [-1, 1] -> [B]: Gaussian window 11 (or the image), sigma 1.5, valid positions (Wang et al. 2004)."""
+def ssim(a, b, data_range=1):
+    """Structural similarity of images in [-1, 1] -> [B]: Gaussian window 11 (or the image), sigma 1.5, valid positions (Wang et al. 2004).
+    Evaluated on [0, 1] with data range 1, as metrics do, or with `data_range=2` on [-1, 1], as VFM-VAE's loss does: means matter to it."""
+    if data_range == 1:
+        a, b = a / 2 + 0.5, b / 2 + 0.5
     size = min(11, *a.shape[-2:])
     row = torch.exp(-(torch.arange(size, device=a.device) - (size - 1) / 2).square() / (2 * 1.5 ** 2))
     row = (row / row.sum()).expand(5 * a.shape[1], 1, 1, -1)
@@ -1533,7 +1538,7 @@ def ssim(a, b):
     x = torch.cat([a, b, a * a, b * b, a * b], 1).float()
     x = F.conv2d(F.conv2d(x, row, groups=5 * c), row.transpose(2, 3), groups=5 * c)
     ma, mb, aa, bb, ab = x.split(c, 1)
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                       # the data range is 2
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     value = (2 * ma * mb + c1) * (2 * (ab - ma * mb) + c2) / ((ma * ma + mb * mb + c1) * (aa - ma * ma + bb - mb * mb + c2))
     return value.flatten(1).mean(1)
 
@@ -1700,12 +1705,13 @@ class GAN(nn.Module):
     """The discriminators of a stage: `dino` (hinge, VFM-VAE), `patch` (hinge, LDM) or `multi` (three scales, least squares with feature
     matching, VFM-VAE's last stage), each with its weight in the stage's row."""
 
-    def __init__(self, stage, vit, ndf=64):
+    def __init__(self, stage, vit, ndf=64, image_size=256):
         super().__init__()
         self.stage = stage
+        layers = min(3, max(1, int(math.log2(image_size)) - 4))      # fewer where a coarse image would shrink to nothing
         self.dino = ProjectedDiscriminator(vit) if stage.dino else None
-        self.patch = PatchGAN(nn.BatchNorm2d, ndf) if stage.patch else None
-        self.multi = nn.ModuleList(PatchGAN(LocalBatchNorm, ndf) for _ in range(3)) if stage.multi else None
+        self.patch = PatchGAN(nn.BatchNorm2d, ndf, layers) if stage.patch else None
+        self.multi = nn.ModuleList(PatchGAN(LocalBatchNorm, ndf, layers) for _ in range(3)) if stage.multi else None
 
     def trainable(self):
         return [p for p in self.parameters() if p.requires_grad]
@@ -1819,12 +1825,13 @@ class Trainer:
     for each group of losses whose gradients must be told apart, and the adaptive weights cost no further pass.
     """
 
-    def __init__(self, cfg, tokenizer, world, vfm=None, pretrained=True):
+    def __init__(self, cfg, tokenizer, world, vfm=None, length_scale=1.0, pretrained=True):
         self.cfg, self.tokenizer, self.world, self.target_vfm = cfg, tokenizer, world, vfm
         self.perceptual_net = None
         if any(stage.lpips for stage in STAGES[cfg.method]) and cfg.lpips_scale:
             self.perceptual_net = (FeatureDistance(load_vfm("toy", cfg.out)) if cfg.perceptual == "vfm" else LPIPS(cfg.lpips_weights if pretrained else None)).to(world.device)
-        self.pretrained, self.anchor, self.gan = pretrained, None, None
+        self.pretrained, self.anchor, self.gan, self.length_scale = pretrained, None, None, length_scale
+        self.stamp = lambda part: None   # `bench` puts a stopwatch here
 
     def start_stage(self, stage):
         """Freezes and unfreezes, makes the discriminators and both optimizers."""
@@ -1837,7 +1844,7 @@ class Trainer:
         self.gan = self.gan_optimizer = None
         if cfg.gan_scale and (stage.dino or stage.patch or stage.multi):
             vit = load_vfm(cfg.disc_vfm, cfg.out, self.pretrained) if stage.dino else None
-            self.gan = GAN(stage, vit, cfg.ndf).to(device)
+            self.gan = GAN(stage, vit, cfg.ndf, cfg.image_size).to(device)
             if self.world.size > 1 and device.type == "cuda":
                 self.gan = nn.SyncBatchNorm.convert_sync_batchnorm(self.gan)
             if self.world.size > 1:      # the same start everywhere
@@ -1899,7 +1906,7 @@ class Trainer:
                 values["lpips"] = self.perceptual_net(fake, target).mean()
             loss = loss + stage.lpips * self.cfg.lpips_scale * scale * values["lpips"]
         if stage.ssim:
-            values["ssim"] = 1 - ssim(fake.clamp(-1, 1), target).mean()
+            values["ssim"] = 1 - ssim(fake.clamp(-1, 1), target, data_range=2).mean()
             loss = loss + stage.ssim * values["ssim"]
         if len(outputs) > 1:
             resize = lambda size: F.interpolate(target, size, mode="bilinear", antialias=True, align_corners=False)
@@ -1923,16 +1930,19 @@ class Trainer:
             target = torch.rot90(shrink(images, scale), turns, (2, 3))
             moved = z if scale == 1 else F.interpolate(z, [round(side * scale) for side in z.shape[-2:]], mode="bilinear", align_corners=False)
             moved = torch.rot90(moved, turns, (2, 3))
+        self.stamp("encoder")
         cut = moved.detach().requires_grad_(z.requires_grad)
         scales = bool(stage.multires) and images_seen < stage.multires_kimg * 1000 * self.length_scale
         with self.world.autocast():
             outputs = tok.decoder(cut, scales=scales)
         outputs = outputs if scales else [outputs]
+        self.stamp("decoder")
         leaves = [output.detach().float().requires_grad_() for output in outputs]
         fake = leaves[-1]
         reconstruction, values = self.reconstruction_loss(leaves, target, images_seen)
         grads = list(torch.autograd.grad(reconstruction, leaves, allow_unused=True)) if reconstruction.requires_grad else [None] * len(leaves)
         grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
+        self.stamp("reconstruction losses")
         adversarial = None
         if self.gan is not None and images_seen >= stage.gan_start_kimg * 1000 * self.length_scale:
             self.gan.requires_grad_(False)
@@ -1945,8 +1955,10 @@ class Trainer:
                 at = lambda grad: torch.autograd.grad(outputs[-1], last, grad.to(outputs[-1].dtype), retain_graph=True)[0].float().norm()
                 values["gan_weight"] = (at(grads[-1]) / (at(adversarial) / cfg.gan_scale + 1e-4)).clamp(0, 1e4)
                 adversarial = adversarial * values["gan_weight"]
+        self.stamp("adversarial losses")
         latent_values, fixed, vf = self.latent_losses(images, z, mean, logvar, features)
         values.update(latent_values)
+        self.stamp("latent losses")
         backward = lambda grads, retain=False: torch.autograd.backward(outputs, [(grad * share).to(output.dtype) for output, grad in zip(outputs, grads)], retain_graph=retain)
         only_gan = lambda: [torch.zeros_like(leaf) for leaf in leaves[:-1]] + [adversarial]
         if cut.requires_grad and vf is not None:
@@ -1962,6 +1974,7 @@ class Trainer:
             backward([a if b is None else a + b for a, b in zip(grads, [None] * (len(grads) - 1) + [adversarial])])
         if cut.requires_grad:
             torch.autograd.backward([moved, fixed] if fixed.requires_grad else [moved], [cut.grad, fixed.new_tensor(share)] if fixed.requires_grad else [cut.grad])
+        self.stamp("backward")
         return {key: value.detach() if torch.is_tensor(value) else torch.tensor(float(value)) for key, value in values.items()}, fake.detach(), target
 
     def discriminator_step(self, fake, target, share=1.0):
@@ -1975,7 +1988,7 @@ class Trainer:
         (loss * share).backward()
         return loss.detach()
 
-    def step(self, batches, step, images_seen, stamp=lambda name: None):
+    def step(self, batches, step, images_seen):
         """One optimizer step on both networks from the micro-batches of one global batch (uint8) -> losses of the last micro-batch."""
         pairs = []
         for images in batches:
@@ -1986,14 +1999,14 @@ class Trainer:
         self.optimizer.step()
         losses["grad_norm"] = norm_of([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.zero_grad(set_to_none=True)
-        stamp("tokenizer")
+        self.stamp("optimizer")
         if self.gan is not None and images_seen >= self.stage.gan_start_kimg * 1000 * self.length_scale:
             for fake, target in pairs:
                 losses["discriminator"] = self.discriminator_step(fake, target, 1 / self.cfg.accumulate)
             average_gradients(self.gan.trainable(), self.world)
             self.gan_optimizer.step()
             self.gan_optimizer.zero_grad(set_to_none=True)
-            stamp("discriminator")
+            self.stamp("discriminator")
         return losses
 
 
@@ -2034,7 +2047,7 @@ def train(cfg, world):
         if changed:
             raise UserError(f"{path} was trained with {'; '.join(changed)}: choose another --out, or --resume=0 to start afresh")
     tokenizer, vfm = build_tokenizer(cfg)
-    tokenizer = tokenizer.to(world.device, memory_format=torch.channels_last)
+    tokenizer = tokenizer.to(world.device, memory_format=torch.channels_last if world.device.type == "cuda" else torch.contiguous_format)
     vfm = vfm.to(world.device) if vfm else None
     seen = 0
     if entries:
@@ -2046,8 +2059,7 @@ def train(cfg, world):
         if world.rank == 0:
             print(f"{path} is already trained ({seen} images); --resume=0 starts afresh")
         return tokenizer
-    trainer = Trainer(cfg, tokenizer, world, vfm)
-    trainer.length_scale = length_scale
+    trainer = Trainer(cfg, tokenizer, world, vfm, length_scale)
     if entries and entries["anchor"]:
         trainer.anchor = copy.deepcopy(nn.ModuleDict(dict(vfm=tokenizer.vfm, adapter=tokenizer.adapter))).requires_grad_(False)
         trainer.anchor.load_state_dict(entries["anchor"])
@@ -2178,6 +2190,47 @@ def evaluate(cfg, tokenizer, world):
         print("\n".join(f"  {name:32s} {value:10.4f}" for name, value in result.items()) + (f"\n  not measured: {note}" if note else ""))
         (Path(cfg.out) / "eval.json").write_text(json.dumps(dict(images=n, **result), indent=1) + "\n")
     return result
+
+
+def bench(cfg, world):
+    """Times `--bench` steps of each stage, all losses on, with random images and weights: nothing is fetched or written."""
+    tokenizer, vfm = build_tokenizer(cfg, pretrained=False)
+    tokenizer = tokenizer.to(world.device, memory_format=torch.channels_last if world.device.type == "cuda" else torch.contiguous_format)
+    cuda = world.device.type == "cuda"
+    trainer = Trainer(cfg, tokenizer, world, vfm and vfm.to(world.device), pretrained=False)
+    print(f"{cfg.method}, {cfg.image_size} px, {world.size} x {torch.cuda.get_device_name() if cuda else 'cpu'}, batch {cfg.batch_size}; {describe(tokenizer)}")
+    batches = [torch.randint(0, 256, (cfg.batch_size // world.size // cfg.accumulate, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8).to(world.device)] * cfg.accumulate
+
+    def mark():
+        event = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
+        if cuda:
+            event.record()
+        return event
+
+    for number, stage, first, last in stage_plan(cfg)[0]:
+        if cfg.stage not in (0, number):
+            continue
+        trainer.start_stage(dataclasses.replace(stage, gan_start_kimg=0.0, equivariance=False))
+        start = time.perf_counter()
+        for step in range(3):            # compilation, autotuning
+            trainer.step(batches, step, 0)
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        print(f"  stage {number}, {stage.name}: first 3 steps {time.perf_counter() - start:.1f} s")
+        marks = [("", mark())]
+        trainer.stamp = lambda part: marks.append((part, mark()))
+        for step in range(cfg.bench):
+            trainer.step(batches, step, 0)
+        trainer.stamp = lambda part: None
+        if cuda:
+            torch.cuda.synchronize()
+        parts = {}
+        for (_, before), (part, after) in zip(marks, marks[1:]):
+            parts[part] = parts.get(part, 0) + (before.elapsed_time(after) if cuda else 1000 * (after - before)) / cfg.bench
+        total = sum(parts.values())
+        memory = f", peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else ""
+        print(f"  {total:.1f} ms a step, {1000 * cfg.batch_size / total:.1f} images a second{memory}: " + ", ".join(f"{part} {100 * t / total:.0f}%" for part, t in parts.items()), flush=True)
 
 
 def run():
