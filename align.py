@@ -9,8 +9,6 @@ Alignment of tokenizers and diffusion models with vision foundation models (VFMs
 
 CKNNA is arXiv 2405.07987, SE-CKNNA and dual alignment VFM-VAE's (2510.18457), joint training REPA-E's (2504.10483).
 """
-import contextlib
-import copy
 import dataclasses
 import json
 import math
@@ -70,10 +68,10 @@ class Config:
     study_methods: str = "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok,aligntok-blind"      # of METHODS
     study_seeds: int = 3
     study_align: str = "none,repa"    # diffusion models on each tokenizer: none, repa, reg
-    study_kimg: float = 32.0          # thousands of images to each tokenizer, all stages together
+    study_kimg: float = 16.0          # thousands of images to each tokenizer, all stages together
     study_steps: int = 1_000          # of 64 latents to each diffusion model
     study_points: tuple = (250, 500, 1_000)     # steps at which it is evaluated
-    study_images: int = 30_000        # training images
+    study_images: int = 12_000        # training images (there are 30,000)
     study_samples: int = 1_000        # samples of an evaluation, and held-out images
     study_sampling: int = 20          # Euler times
     study_guidance: float = 1.0       # guidance scale
@@ -169,8 +167,9 @@ def load_subjects(paths, world):
     def subject(path):
         if path not in subjects:
             net, entries = load_tokenizer(path).to(world.device), load_weights(path)
-            own = vfm_of(tokenizer.Config(**entries["config"]))[0] if "config" in entries else f"VFM of {path}" if net.vfm else ""
-            if net.vfm and net.layers[-1] == -1 and ("config" not in entries or entries["config"]["method"] == "vfmvae"):
+            config = tokenizer.Config(**entries["config"]) if entries.get("kind") else None
+            own = vfm_of(config)[0] if config else f"VFM of {path}" if net.vfm else ""
+            if net.vfm and net.layers[-1] == -1 and (config is None or config.method == "vfmvae"):
                 vfms.setdefault(own, net.vfm)                                    # frozen: it is the pretrained one
             subjects[path] = Subject(path, net, own)
         return subjects[path]
@@ -181,37 +180,30 @@ def load_subjects(paths, world):
             subject(path)
             continue
         owner = subject(tokenizer_beside(path, entries))
-        if entries.get("pair", "") and entries["pair"] != fingerprint(owner.tokenizer):
+        if "pair" in entries and entries["pair"] != fingerprint(owner.tokenizer):
             raise UserError(f"{path} was trained jointly with another {owner.name}: the two files are of different steps or runs")
         align = entries["config"]["align_vfm"] if entries["arch"]["cls_dim"] else ""
         owner.networks.append(Network(path, load_diffusion(path).to(world.device), entries["latent_mean"], entries["latent_std"], entries["step"], align))
     return list(subjects.values()), vfms
 
 
-@contextlib.contextmanager
-def at_side(dit, side):
-    """The DiT on smaller latents [.., side, side]: integer positions from 0, so the corner of its tables."""
-    before, grid, cells = dit.input_size, dit.input_size // dit.patch_size, torch.arange(side // dit.patch_size)
-    corner = (cells[:, None] * grid + cells).flatten()
-    corner = torch.cat((torch.zeros(1).long(), corner + 1)) if dit.cls_dim else corner
-    tables = dit.pos_embed, dit.rope_cos, dit.rope_sin
-    dit.input_size, dit.pos_embed = side, dit.pos_embed[:, corner]
-    dit.rope_cos, dit.rope_sin = (table if table is None else table[corner] for table in tables[1:])
-    try:
-        yield
-    finally:
-        dit.input_size, (dit.pos_embed, dit.rope_cos, dit.rope_sin) = before, tables
-
-
 def block_features(dit, z, *cls):
     """Every block's output at t = 0.5 for the null class, averaged over patch tokens -> one [B, D] per block. The input is the normalised latent
-    itself, without noise (and so is REG's class token): what the model makes of an image, not of one draw of noise. z [B, C, s, s], any s up to the DiT's."""
-    found = []
+    itself (and REG's class token), without noise: what the model makes of an image, not of one draw of noise. z [B, C, s, s] may be smaller than the
+    DiT's latents: positions count from 0, so it gets the corner of their tables."""
+    found, side, cells = [], dit.input_size, torch.arange(z.shape[-1] // dit.patch_size)
+    corner = (cells[:, None] * (side // dit.patch_size) + cells).flatten()
+    corner = torch.cat((corner[:1], corner + 1)) if dit.cls_dim else corner      # the class token's comes first
+    tables = {name: getattr(dit, name) for name in ("pos_embed", "rope_cos", "rope_sin")}
     hooks = [block.register_forward_hook(lambda block, inputs, x: found.append(x[:, int(dit.cls_dim > 0):].float().mean(1))) for block in dit.blocks]
     try:
-        with at_side(dit, z.shape[-1]):
-            dit(z, z.new_full((len(z),), 0.5), torch.full((len(z),), dit.num_classes, device=z.device), *cls)
+        dit.input_size, dit.pos_embed = z.shape[-1], dit.pos_embed[:, corner]
+        dit.rope_cos, dit.rope_sin = (None if tables[name] is None else tables[name][corner] for name in ("rope_cos", "rope_sin"))
+        dit(z, z.new_full((len(z),), 0.5), torch.full((len(z),), dit.num_classes, device=z.device), *cls)
     finally:
+        dit.input_size = side
+        for name, table in tables.items():
+            setattr(dit, name, table)
         for hook in hooks:
             hook.remove()
     return found
@@ -233,39 +225,37 @@ def transformed(images, indices, scales, seed):
         yield condition, [(everything, (images + 2 * std * noise).clamp(-1, 1))]                # the range is 2 wide
 
 
-def pooled_features(subjects, vfms, images, size):
-    """Yields (name, [B, D] averaged over positions) for each VFM, tokenizer ("latents") and block ("block 1", ...) of images [B, 3, s, s], s a part of `size`."""
-    side, known = images.shape[-1], {}
-    for name, vfm in vfms.items():
-        shared = next((s.tokenizer for s in subjects if s.tokenizer.vfm is vfm), None)
-        if shared is None:               # seen at its own size, shrunk as the image is
-            tokens = vfm(vfm.resize(images, (round(vfm.image_size * side / size),) * 2), cls=True)[0].float()
-            known[name] = tokens if vfm.cls_token is None else tokens[:, 1:]
-            if vfm.cls_token is not None:
-                known[name, "cls"] = tokens[:, 0]
-            yield ("vfm", name), known[name].mean(1)
+def pooled_features(subjects, vfms, images):
+    """Yields (key, [B, D] averaged over positions) of images [B, 3, s, s]; keys are ("vfm", name), (tokenizer's name, "latents"), (diffusion model's
+    name, "block 1"), ... A VFM sees the images at the size that gives it a token for each position of the first tokenizer's latents, REPA's way; the one
+    inside a tokenizer at that tokenizer's."""
+    side, cls = images.shape[-1], {}
+    inside = {subject.vfm for subject in subjects if subject.tokenizer.vfm is not None and vfms.get(subject.vfm) is subject.tokenizer.vfm}
+    for name in [name for name in vfms if name not in inside]:
+        tokens = vfm_tokens(vfms[name], images, side // subjects[0].tokenizer.downsample)
+        cls[name] = tokens[:, 0]
+        yield ("vfm", name), tokens[:, int(vfms[name].cls_token is not None):].mean(1)
     for subject in subjects:
         net = subject.tokenizer
         levels = net.features(images)
-        if vfms.get(subject.vfm) is net.vfm and net.vfm is not None:                            # read off the encoder, which ran anyway
+        if subject.vfm in inside:        # read off the encoder, which runs anyway
             yield ("vfm", subject.vfm), levels[-1].float().mean(1)
-        # `encode` without its check, since the decoder's own demands on the size don't matter here
+        # `encode` without its check: what the decoder demands of the size does not matter here
         z = net.moments(levels, side, side).float().chunk(2, 1)[0]
         yield (subject.name, "latents"), z.mean((2, 3))
         for network in subject.networks:
             mean, std = (s.to(z.device).view(1, -1, 1, 1) for s in (network.mean, network.std))
-            cls = [known[network.vfm, "cls"]] if network.dit.cls_dim else []
-            for i, block in enumerate(block_features(network.dit, (z - mean) / std, *cls), 1):
+            blocks = block_features(network.dit, (z - mean) / std, *([cls[network.vfm]] if network.dit.cls_dim else []))
+            for i, block in enumerate(blocks, 1):
                 yield (network.name, f"block {i}"), block
 
 
-def fits(subjects, vfms, size, scale):
-    """Whether images of `size` times `scale` lie on every patch and latent grid."""
-    side = size * scale
-    whole = lambda x: x >= 1 and x == int(x)
-    return all(whole(round(vfm.image_size * scale, 6) / vfm.patch_size) for vfm in vfms.values()) and all(
-        whole(side / net.downsample) and (net.vfm is None or whole(round(side * net.scale_factor, 6) / net.vfm.patch_size))
-        and all(whole(side / net.downsample / n.dit.patch_size) for n in subject.networks) for subject in subjects for net in [subject.tokenizer])
+def fits(subjects, side):
+    """Whether images of `side` px lie on every patch and latent grid, and within every DiT's."""
+    whole = lambda x: x >= 1 and abs(x - round(x)) < 1e-6
+    return all(whole(side / net.downsample) and (net.vfm is None or whole(side * net.scale_factor / net.vfm.patch_size))
+               and all(whole(side / net.downsample / n.dit.patch_size) and side <= n.dit.input_size * net.downsample for n in s.networks)
+               for s in subjects for net in [s.tokenizer])
 
 
 @torch.inference_mode()
@@ -274,30 +264,24 @@ def measure(subjects, vfms, images, labels, indices, cfg, world):
 
     `images(rows)` gives uint8 [B, 3, S, S]; labels [n] and indices [n] (what is drawn for an image depends on it). Processes share the images."""
     size = images(range(1)).shape[-1]
-    scales = [scale for scale in SCALES if fits(subjects, vfms, size, scale)]
+    scales = [scale for scale in SCALES if fits(subjects, size * scale)]
     if not scales:
-        raise UserError(f"images of {size} px do not fit the grids of all these tokenizers and VFMs; try another --image_size")
+        raise UserError(f"images of {size} px do not fit the grids of all these models; try another --image_size")
     mine, found = np.arange(len(labels))[world.rank::world.size], {condition: defaultdict(list) for condition in CONDITIONS}
     for rows in tqdm(np.array_split(mine, max(1, -(-len(mine) // cfg.encode_batch))), desc="features", disable=world.rank > 0, leave=False, mininterval=0.5):
         x = to_float(images(rows).to(world.device))
         for condition, parts in transformed(x, indices[rows], scales, cfg.seed):
             whole = {}
             for at, part in parts:
-                for key, value in pooled_features(subjects, vfms, part, size):
+                for key, value in pooled_features(subjects, vfms, part):
                     whole.setdefault(key, value.new_empty(len(x), value.shape[1]))[at] = value
             for key, value in whole.items():
                 found[condition][key].append(value)
 
     def gather(parts):                   # rank r's rows are r, r + size, ...
-        part = torch.cat(parts)
-        if world.size == 1:
-            return part
-        parts = [None] * world.size
-        torch.distributed.all_gather_object(parts, part.cpu())
-        value = part.new_empty(len(labels), part.shape[1])
-        for rank, part in enumerate(parts):
-            value[rank::world.size] = part.to(value)
-        return value
+        value = torch.zeros(len(labels), parts[0].shape[1], device=world.device)
+        value[world.rank::world.size] = torch.cat(parts)
+        return value if world.size == 1 else world.mean(value) * world.size
 
     found = {condition: {key: gather(parts) for key, parts in sets.items()} for condition, sets in found.items()}
     labels = torch.as_tensor(labels, device=world.device)
@@ -309,9 +293,9 @@ def measure(subjects, vfms, images, labels, indices, cfg, world):
             own = neighbours(prepare(sets[key]), cfg.k)
             for name, target in targets.items():
                 rows.setdefault((key, name), dict(name=key[0], part=key[1], step=steps.get(key[0]), vfm=name))[condition] = agreement(own, target).item()
+    probes = {key: linear_probe(found["clean"][key], labels) for key in keys}
     for (key, _), row in rows.items():
-        row["SE-CKNNA"] = float(np.mean([row[condition] for condition in CONDITIONS]))
-        row["probe"] = linear_probe(found["clean"][key], labels)
+        row.update({"SE-CKNNA": float(np.mean([row[condition] for condition in CONDITIONS])), "probe": probes[key]})
     return list(rows.values()), scales
 
 
@@ -333,8 +317,9 @@ def report(paths, cfg, world, folder):
     rows, scales = measure(subjects, vfms, read, np.asarray(data.labels)[indices], indices, cfg, world)
     if world.rank == 0:
         left_out = [scale for scale in SCALES if scale not in scales]
-        print(f"{len(indices):,} held-out images of {cfg.data}, {size} px, k = {cfg.k}; equivariance: quarter turns and scales {', '.join(f'{s:g}' for s in scales)}"
-              + (f" ({', '.join(f'{s:g}' for s in left_out)} do not fit the grids of all models)" if left_out else ""))
+        listed = lambda values: ", ".join(f"{value:g}" for value in values)
+        print(f"{len(indices):,} held-out images of {cfg.data}, {size} px, k = {cfg.k}; equivariance: quarter turns and scales {listed(scales)}"
+              + (f" ({listed(left_out)} do not fit the grids of all models)" if left_out else ""))
         columns = *CONDITIONS, "SE-CKNNA", "probe"
         width = max(len(f"{row['name']} {row['part']}") for row in rows) + 2
         print(f"{'':{width}}{'against':16}" + "".join(f"{column:>14}" for column in columns))
@@ -481,12 +466,12 @@ class JointTrainer(Trainer):
         losses = {name: value.mean() for name, value in losses.items()}
         flow = losses["velocity"] + cfg.cosine_weight * losses["cosine"] + (cfg.cls_weight * losses["cls"] if "cls" in losses else 0)
         share, repa = 1 / self.cfg.accumulate, losses.get("repa")
-        aligned = side != "none" and repa is not None
         # `inputs` keeps each loss to its own; the projection, which belongs to the loss, learns whichever side is aligned
-        if aligned and side == "tokenizer":
+        aligned = side in ("diffusion", "both")
+        if repa is not None and not aligned:
             torch.autograd.backward(share * cfg.repa_weight * repa, inputs=self.heads, retain_graph=True)
-        everything = flow + cfg.repa_weight * repa if aligned and side != "tokenizer" else flow
-        torch.autograd.backward(share * everything, inputs=self.body + (self.heads if everything is not flow else []), retain_graph=leaf.requires_grad)
+        everything, inputs = (flow + cfg.repa_weight * repa, self.body + self.heads) if aligned else (flow, self.body)
+        torch.autograd.backward(share * everything, inputs=inputs, retain_graph=leaf.requires_grad)
         if leaf.requires_grad:
             scale = images[0].numel() if self.stage.summed else 1                # LDM's other losses are sums over pixels
             grad, = torch.autograd.grad(self.joint.tokenizer_weight * scale * repa, leaf)
@@ -528,7 +513,7 @@ def train(cfg, paths, world):
     if world.rank == 0:
         finish_pair(folder)
     world.barrier()
-    settings = dict(start=path, start_step=dit_entries["step"], seed=cfg.seed, batch_size=cfg.batch_size, side=cfg.side, tokenizer_weight=cfg.tokenizer_weight, momentum=cfg.momentum)
+    settings = dict({key: getattr(cfg, key) for key in ("seed", "batch_size", "tokenizer_weight", "momentum")}, start=path, start_step=dit_entries["step"])
     after = str(folder / "diffusion.pt")
     if resumed := os.path.exists(after):
         dit_entries = load_checkpoint(after, "diffusion")
@@ -539,12 +524,13 @@ def train(cfg, paths, world):
     images = entries["images"] - start * cfg.batch_size                          # that the tokenizer had seen before
 
     # the tokenizer, with its averaged weights: the diffusion model knows no other latents
-    tok_cfg = dataclasses.replace(tokenizer.Config(**entries["config"]), out=cfg.out, seed=cfg.seed, batch_size=cfg.batch_size, accumulate=cfg.accumulate, compile=cfg.compile)
+    tok_cfg = dataclasses.replace(tokenizer.Config(**entries["config"]), **{key: getattr(cfg, key) for key in ("out", "seed", "batch_size", "accumulate", "compile")})
     number, stage = [(i, stage) for i, stage in enumerate(STAGES[tok_cfg.method], 1) if "adapter" in stage.trains][-1]
     seed_step(cfg.seed, -1)
     net, vfm = build_tokenizer(tok_cfg)
     net.load_state_dict(entries["model"] if resumed else {**entries["model"], **entries["ema"]})
     net = net.to(world.device, memory_format=torch.channels_last if world.device.type == "cuda" else torch.contiguous_format)
+    net.eval()                           # the toy VFM has BatchNorm
 
     # the diffusion model, with a projection if it has none; both begin with new optimizers
     dit_cfg, arch = diffusion.Config(**dit_entries["config"]), dit_entries["arch"]
@@ -553,7 +539,7 @@ def train(cfg, paths, world):
     if align_vfm is not None and not arch["z_dim"]:
         arch = dict(arch, z_dim=align_vfm.embed_dim, projector_dim=dit_cfg.projector_dim, encoder_depth=dit_cfg.encoder_depth)
     dit, _, ema, optimizer = build(dit_cfg, dataclasses.replace(world, size=1), arch, dit_entries if resumed else None)
-    statistics = nn.BatchNorm2d(net.z_dim, eps=0, momentum=cfg.momentum, affine=False).to(world.device)
+    statistics = nn.BatchNorm2d(net.z_dim, momentum=cfg.momentum, affine=False).to(world.device)
     if resumed:
         statistics.load_state_dict(dit_entries["statistics"])
     else:
@@ -591,14 +577,13 @@ def train(cfg, paths, world):
             pair = fingerprint(net)
         state = full_state(dit, ema, optimizer)
         if world.rank == 0:
+            both = dict(classes=list(data.classes), step=step, pair=pair)
             save_checkpoint(folder / "tokenizer.next.pt", kind="tokenizer", config=dataclasses.asdict(tok_cfg), arch=net.arch, model=net.state_dict(), ema=decoder,
-                            classes=data.classes, optimizer=trainer.optimizer.state_dict(), gan=trainer.gan and trainer.gan.state_dict(), stage=number,
-                            images=images + step * cfg.batch_size, step=step, pair=pair,
-                            gan_optimizer=trainer.gan and trainer.gan_optimizer.state_dict(), anchor=trainer.anchor and trainer.anchor.state_dict())
-            save_checkpoint(folder / "diffusion.next.pt", kind="diffusion", config=dataclasses.asdict(dit_cfg), arch=arch, **state,
-                            statistics=statistics.state_dict(), latent_mean=statistics.running_mean.cpu(), latent_std=statistics.running_var.sqrt().cpu(),
-                            latents=pair, tokenizer=str(folder / "tokenizer.pt"), classes=list(data.classes), image_size=size, step=step, pair=pair, settings=settings,
-                            images=step * cfg.batch_size)
+                            optimizer=trainer.optimizer.state_dict(), gan=trainer.gan and trainer.gan.state_dict(), anchor=trainer.anchor and trainer.anchor.state_dict(),
+                            gan_optimizer=trainer.gan and trainer.gan_optimizer.state_dict(), stage=number, images=images + step * cfg.batch_size, **both)
+            save_checkpoint(folder / "diffusion.next.pt", kind="diffusion", config=dataclasses.asdict(dit_cfg), arch=arch, **state, statistics=statistics.state_dict(),
+                            latent_mean=statistics.running_mean.cpu(), latent_std=(statistics.running_var + statistics.eps).sqrt().cpu(), latents=pair, settings=settings,
+                            tokenizer=str(folder / "tokenizer.pt"), image_size=size, images=step * cfg.batch_size, **both)
             finish_pair(folder)
         world.barrier()
 
@@ -627,16 +612,11 @@ def train(cfg, paths, world):
 
 # Nothing but the method differs: decoder, images, batches, learning rates and the perceptual loss's network are the same. That network and
 # the blind methods' VFM have never been told an image's class, on which the diffusion models are conditioned and judged.
-METHODS = {
-    "vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8), "vavae": dict(method="vavae"), "vfmvae": dict(method="vfmvae"), "aligntok": dict(method="aligntok"),
-    "vavae-blind": dict(method="vavae", vfm="toy-blind"), "vfmvae-blind": dict(method="vfmvae", vfm="toy-blind"), "aligntok-blind": dict(method="aligntok", vfm="toy-blind")}
-QUALITIES = "SE-CKNNA", "CKNNA", "probe", "PSNR", "rFD"                          # of a tokenizer, before any diffusion model
+METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
+for method in "vavae", "vfmvae", "aligntok":
+    METHODS[method], METHODS[f"{method}-blind"] = dict(method=method), dict(method=method, vfm="toy-blind")
+QUALITIES = "SE-CKNNA", "CKNNA", "SE-CKNNA to toy", "CKNNA to toy", "probe", "PSNR", "rFD"      # of a tokenizer, before any diffusion model
 OUTCOMES = "gFD", "accuracy"
-
-
-def gaussian(features):
-    features = features.double().cpu().numpy()
-    return features.mean(0), np.cov(features.T)
 
 
 class Study:
@@ -651,13 +631,20 @@ class Study:
         self.train, self.val = (torch.from_numpy(data.images[i]).to(world.device) for data, i in zip(sets, self.indices))
         self.labels, self.val_labels = (torch.from_numpy(data.targets()[i]).to(world.device) for data, i in zip(sets, self.indices))
         self.tokens = {}
-        features, _, logits = self.judge(self.val)
-        self.real, self.real_accuracy = gaussian(features), (logits.argmax(1) == self.val_labels).double().mean().item()
+        self.real, predicted = self.look(self.val)
+        self.real_accuracy = (predicted == self.val_labels).double().mean().item()
+
+    @torch.no_grad()
+    def look(self, images):
+        """uint8 images -> (mean, covariance) of the judge's features, predicted classes [n]."""
+        features, _, logits = map(list, zip(*(self.judge(part) for part in images.split(500))))
+        features = torch.cat(features).double().cpu().numpy()
+        return (features.mean(0), np.cov(features.T)), torch.cat(logits).argmax(1)
 
     def order(self, batch, seed, first, last):
         """Indices of all batches, uploaded once -> [last - first, batch]."""
         parts = [batch_indices(len(self.train), batch, seed, step)[0] for step in range(first, last)]
-        return torch.from_numpy(np.stack(parts)).to(self.world.device)
+        return torch.from_numpy(np.array(parts, np.int64).reshape(-1, batch)).to(self.world.device)
 
     @torch.no_grad()
     def vfm_tokens(self, name, grid, part=500):
@@ -672,7 +659,7 @@ class Study:
         seed_step(seed, -1)
         net, vfm = build_tokenizer(tok_cfg)
         plan, scale = stage_plan(tok_cfg)
-        trainer = Trainer(tok_cfg, net.to(world.device), world, vfm.to(world.device) if vfm else None, scale)
+        trainer = Trainer(tok_cfg, net.to(world.device).eval(), world, vfm.to(world.device) if vfm else None, scale)
         trainer.perceptual_net = FeatureDistance(self.vfms["toy-blind"])
         ema = {name: p.detach().clone() for name, p in net.named_parameters()}
         for number, stage, first, last in plan:
@@ -691,7 +678,7 @@ class Study:
     def diffusion(self, net, latents, mean, std, align, align_vfm, seed, reconstructed):
         """Trains one diffusion model on `latents` (normalised) -> (DiT, [what each point gives])."""
         cfg, world, n = self.cfg, self.world, len(self.val)
-        dit_cfg = diffusion.Config(seed=seed, steps=cfg.study_steps, compile=0, align=align, align_vfm=align_vfm)
+        dit_cfg = diffusion.Config(seed=seed, steps=cfg.study_steps, compile=0, align=align, align_vfm=align_vfm, ema=0.99)     # the first point comes early
         vfm = self.vfms[align_vfm] if align != "none" else None
         arch = model_arch(dit_cfg, net.z_dim, latents.shape[-1], len(Shapes.classes), vfm.embed_dim if vfm else 0)
         dit, parallel, ema, optimizer = build(dit_cfg, world, arch)
@@ -703,37 +690,37 @@ class Study:
             batch = dict(latents=latents[index], labels=self.labels[index], tokens=tokens[index].float() if vfm else None)
             train_step(dit, parallel, ema, optimizer, [batch], dit_cfg, world, step - 1)
             if step in cfg.study_points:
-                features, right = [], 0
                 with torch.no_grad(), world.autocast():
-                    for rows in torch.arange(n, device=world.device).split(500):
-                        z = ode(ema, noise[rows], y[rows], cfg.study_sampling, cfg.study_guidance, cls_noise=None if cls_noise is None else cls_noise[rows])
-                        feature, _, logits = self.judge(to_uint8(net.decode(z * std + mean)))
-                        features.append(feature)
-                        right = right + (logits.argmax(1) == y[rows]).sum()
-                found = gaussian(torch.cat(features))
-                points.append({"step": step, "gFD": frechet_distance(*found, *self.real), "gFD to reconstructions": frechet_distance(*found, *reconstructed),
-                               "accuracy": right.item() / n})
+                    samples = [ode(ema, noise[rows], y[rows], cfg.study_sampling, cfg.study_guidance, cls_noise=None if cls_noise is None else cls_noise[rows])
+                               for rows in torch.arange(n, device=world.device).split(500)]
+                    images = torch.cat([to_uint8(net.decode(z * std + mean)) for z in samples])
+                features, predicted = self.look(images)
+                points.append({"step": step, "gFD": frechet_distance(*features, *self.real), "gFD to reconstructions": frechet_distance(*features, *reconstructed),
+                               "accuracy": (predicted == y).double().mean().item()})
         return ema, points
 
     def run(self, method, seed):
         """One tokenizer, measured, and a diffusion model on it for each kind of alignment -> what result.json holds."""
         cfg, started = self.cfg, time.time()
         net, tok_cfg = self.tokenizer(method, seed)
-        with torch.no_grad(), self.world.autocast():
-            decoded = torch.cat([to_uint8(net.decode(net.encode(to_float(part))[0])) for part in self.val.split(500)])
-            latents = torch.cat([net.encode(to_float(part))[0] for part in self.train.split(500)])
-        reconstructed = gaussian(self.judge(decoded)[0])
+        with torch.no_grad():
+            latents, held_out = (torch.cat([net.encode(to_float(part))[0] for part in images.split(500)]) for images in (self.train, self.val))
+            with self.world.autocast():
+                decoded = torch.cat([to_uint8(net.decode(z)) for z in held_out.split(500)])
+        reconstructed, _ = self.look(decoded)
         mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
         latents = (latents - mean) / std
         subject, points = Subject(method, net, tok_cfg.vfm), {}
         for align in cfg.study_align.split(","):
             dit, points[align] = self.diffusion(net, latents, mean, std, align, tok_cfg.vfm, seed, reconstructed)
             subject.networks.append(Network(align, dit, mean.flatten(), std.flatten(), cfg.study_steps, tok_cfg.vfm))
-        rows, scales = measure([subject], self.vfms, lambda rows: self.val[torch.as_tensor(rows, device=self.val.device)], self.val_labels, self.indices[1], cfg, self.world)
-        own = next(row for row in rows if row["part"] == "latents" and row["vfm"] == tok_cfg.vfm)
+        read = lambda rows: self.val[torch.as_tensor(rows, device=self.val.device)]
+        rows, scales = measure([subject], self.vfms, read, self.val_labels, self.indices[1], cfg, self.world)
+        own, toy = (next(row for row in rows if row["part"] == "latents" and row["vfm"] == name) for name in (tok_cfg.vfm, "toy"))
         return {"method": method, "seed": seed, "settings": settings_of(cfg), "seconds": time.time() - started, "judge": self.real_accuracy,
                 "PSNR": psnr(to_float(self.val), to_float(decoded)).mean().item(), "rFD": frechet_distance(*reconstructed, *self.real),
-                "CKNNA": own["clean"], "SE-CKNNA": own["SE-CKNNA"], "probe": own["probe"], "points": points, "alignment": rows, "scales": scales}
+                "CKNNA": own["clean"], "SE-CKNNA": own["SE-CKNNA"], "CKNNA to toy": toy["clean"], "SE-CKNNA to toy": toy["SE-CKNNA"],
+                "probe": own["probe"], "points": points, "alignment": rows, "scales": scales}
 
 
 def settings_of(cfg):
@@ -741,47 +728,49 @@ def settings_of(cfg):
             if key.startswith("study_") and key not in ("study_methods", "study_seeds") or key in ("seed", "k")}
 
 
-def correlations(results, align):
-    """Spearman's rank correlation over runs of each tokenizer's qualities with each final outcome -> {outcome: {quality: rho}}."""
-    return {outcome: {quality: float(spearmanr([r[quality] for r in results], [r["points"][align][-1][outcome] for r in results]).statistic)
-                      for quality in QUALITIES} for outcome in OUTCOMES}
-
-
 def study_report(cfg, folder, wanted):
     """table.md, results.json and study.png of the runs that are finished -> the table's text."""
     results = [json.loads(path.read_text()) for path in wanted if path.exists()]
     methods, aligns = list(dict.fromkeys(r["method"] for r in results)), cfg.study_align.split(",")
-    spread = lambda values, digits: f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
-    points = [p["step"] for p in results[0]["points"][aligns[0]]]
-    lines = [f"{len(results)} of {len(wanted)} runs; mean ± standard deviation over seeds. Each tokenizer: {cfg.study_kimg:g} thousand images, VFM-VAE's decoder for all, latents 4 x 4 x 32 "
-             f"(vae-8: x 8); each diffusion model: {cfg.study_steps:,} steps of 64, {cfg.study_samples:,} samples of {cfg.study_sampling} Euler times, guidance {cfg.study_guidance:g}. "
-             "FD: the Frechet distance of the toy classifier's features; gFD against real held-out images, in brackets against the tokenizer's own reconstructions. Accuracy: samples that the "
-             f"classifier recognises as the class asked for (real images: {np.mean([r['judge'] for r in results]):.1%}). CKNNA against the tokenizer's own VFM (vae: the toy's); "
-             "blind: a VFM that was never told the class.", "",
-             "| tokenizer | PSNR (dB) | rFD | CKNNA | SE-CKNNA | probe |", "|---|---|---|---|---|---|"]
     of = lambda method: [r for r in results if r["method"] == method]
-    for method in methods:
-        lines.append(f"| {method} | " + " | ".join(spread([r[key] for r in of(method)], digits) for key, digits in (("PSNR", 2), ("rFD", 2), ("CKNNA", 3), ("SE-CKNNA", 3), ("probe", 3))) + " |")
-    lines += ["", "| tokenizer | alignment | " + " | ".join(f"gFD at {step:,}" for step in points) + " | " + " | ".join(f"accuracy at {step:,}" for step in points) + " |",
-              "|" + "---|" * (2 + 2 * len(points))]
+    line = lambda *cells: "| " + " | ".join(cells) + " |"
+    head = lambda *cells: ["", line(*cells), "|" + "---|" * len(cells)]
+    spread = lambda values, digits: f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    points = range(len(cfg.study_points))
+    lines = [f"{len(results)} of {len(wanted)} runs; mean ± standard deviation over seeds. Each tokenizer: {cfg.study_kimg:g} thousand images, VFM-VAE's decoder for "
+             f"all, latents 4 x 4 x 32 (vae-8: x 8); each diffusion model: {cfg.study_steps:,} steps of 64, {cfg.study_samples:,} samples of {cfg.study_sampling} Euler times, "
+             f"guidance {cfg.study_guidance:g}. FD: the Frechet distance of the toy classifier's features; gFD against real held-out images, in brackets against the "
+             "tokenizer's own reconstructions. Accuracy: the share of samples that the classifier recognises as the class asked for (of real images: "
+             f"{np.mean([r['judge'] for r in results]):.1%}). CKNNA is against the tokenizer's own VFM (vae: toy), which is also the one that diffusion models are aligned "
+             "to; blind: one that was never told the class."]
+    lines += head("tokenizer", *QUALITIES)
+    lines += [line(method, *(spread([r[key] for r in of(method)], 2 if key in ("PSNR", "rFD") else 3) for key in QUALITIES)) for method in methods]
+    lines += head("tokenizer", "alignment", *(f"{outcome} at {step:,}" for outcome in OUTCOMES for step in sorted(cfg.study_points)))
     for method in methods:
         for align in aligns:
             at = lambda i, key, digits: spread([r["points"][align][i][key] for r in of(method)], digits)
-            lines.append(f"| {method} | {align} | " + " | ".join(f"{at(i, 'gFD', 1)} ({at(i, 'gFD to reconstructions', 1)})" for i in range(len(points))) + " | "
-                         + " | ".join(at(i, "accuracy", 3) for i in range(len(points))) + " |")
-    rho = {align: correlations(results, align) for align in aligns} if len(results) > 2 else {}
-    if rho:
-        lines += ["", f"Spearman's rank correlation over the {len(results)} runs of what is known of a tokenizer before diffusion with what diffusion makes of it:", "",
-                  "| with the final | alignment | " + " | ".join(QUALITIES) + " |", "|" + "---|" * (2 + len(QUALITIES))]
-        lines += [f"| {outcome} | {align} | " + " | ".join(f"{rho[align][outcome][quality]:+.2f}" for quality in QUALITIES) + " |" for outcome in OUTCOMES for align in aligns]
+            lines.append(line(method, align, *(f"{at(i, 'gFD', 1)} ({at(i, 'gFD to reconstructions', 1)})" for i in points), *(at(i, "accuracy", 3) for i in points)))
+    rho = {}
+    if len(results) > 2:
+        lines += ["", f"Spearman's rank correlation, over the {len(results)} runs, of what is known before diffusion with what comes of it:"]
+        lines += head("with the final", "alignment", *QUALITIES)
+        for outcome in OUTCOMES:
+            for align in aligns:
+                final = [r["points"][align][-1][outcome] for r in results]
+                found = {quality: float(spearmanr([r[quality] for r in results], final).statistic) for quality in QUALITIES}
+                rho.setdefault(align, {})[outcome] = found
+                lines.append(line(outcome, align, *(f"{found[quality]:+.2f}" for quality in QUALITIES)))
     text = "\n".join(lines) + "\n"
     (folder / "table.tmp").write_text(text)
     os.replace(folder / "table.tmp", folder / "table.md")
     write_json(folder / "results.json", dict(runs=results, spearman=rho))
-    column = lambda method, align, key: np.array([[p[key] for p in r["points"][align]] for r in of(method)])
-    chart(folder / "study.png", [dict(title=f"{outcome}, diffusion model's alignment: {align}", x="diffusion steps", y=outcome, series={
-        method: (points, c.mean(0).tolist(), c.std(0, ddof=1).tolist() if len(c) > 1 else None) for method in methods for c in [column(method, align, outcome)]})
-        for outcome in OUTCOMES for align in aligns], columns=len(aligns))
+    panels = []
+    for outcome in OUTCOMES:
+        for align in aligns:
+            curves = {method: np.array([[p[outcome] for p in r["points"][align]] for r in of(method)]) for method in methods}
+            series = {method: (sorted(cfg.study_points), c.mean(0).tolist(), c.std(0, ddof=1).tolist() if len(c) > 1 else None) for method, c in curves.items()}
+            panels.append(dict(title=f"{outcome}, diffusion model's alignment: {align}", x="diffusion steps", y=outcome, series=series))
+    chart(folder / "study.png", panels, columns=len(aligns))
     return text
 
 
@@ -815,7 +804,11 @@ def study(cfg):
             if rank == 0:
                 study_report(cfg, folder, paths.values())
     if rank == 0:
-        while not all(path.exists() for path in paths.values()):                 # the others' runs; torchrun ends this one if one of them fails
+        done = 0
+        while (now := sum(path.exists() for path in paths.values())) < len(paths):              # the others' runs; torchrun ends this one if one of them fails
+            if now != done:
+                study_report(cfg, folder, paths.values())
+            done = now
             time.sleep(1)
         print(study_report(cfg, folder, paths.values()) + f"{folder / 'table.md'}, {folder / 'results.json'}, {folder / 'study.png'}")
 

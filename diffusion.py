@@ -125,9 +125,10 @@ def modulate(x, shift, scale):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x [B, N, heads, d]: neighbouring channels (a, b) turn by the angle of their position; cos, sin [N, 1, d/2]."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    """Rotary embedding of x [B, N, heads, d]: neighbouring channels (a, b) turn by the angle of their position; cos, sin [N, 1, d/2]. All a come
+    before all b in the result: queries and keys are permuted alike, which their products do not see, and nothing need be interleaved."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 class Attention(nn.Module):
@@ -628,13 +629,14 @@ def prepare(batch, latents, device, tokens=None):
 def training_batches(latents, sampler, world, cfg, images=None, vfm=None, grid=None):
     """Prepared batches in the sampler's order; `images` (with flip=True) and `vfm`: tokens on the fly, of the same pictures."""
     loader = DataLoader(latents, batch_sampler=sampler, collate_fn=dict, num_workers=cfg.workers, pin_memory=world.device.type == "cuda")
-    pictures = make_loader(images, sampler, world, cfg.workers) if images is not None else repeat((None, None))
-    for batch, (picture, _) in zip(loader, pictures):
-        tokens = None
-        if picture is not None:
-            with torch.no_grad(), world.autocast():
-                tokens = vfm_tokens(vfm, to_float(picture.to(world.device, non_blocking=True)), grid)
-        yield prepare(batch, latents, world.device, tokens)
+    pictures = repeat((None, None)) if images is None else make_loader(images, sampler, world, cfg.workers)
+
+    def tokens(picture):
+        with torch.no_grad(), world.autocast():
+            return vfm_tokens(vfm, to_float(picture.to(world.device, non_blocking=True)), grid)
+
+    # zip asks for its iterators now: a loader draws a random number when it starts, which must not happen within a step
+    return (prepare(batch, latents, world.device, None if picture is None else tokens(picture)) for batch, (picture, _) in zip(loader, pictures))
 
 
 @torch.no_grad()
@@ -705,13 +707,8 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim):
                 encoder_depth=cfg.encoder_depth)
 
 
-# -----------------------------------------------------------------------------
-
-def run():
-    cfg = parse_config(Config, PRESETS)
-    world = init_world()
-    if cfg.bench:
-        return bench(cfg, world)
+def train(cfg, world):
+    """All of `diffusion.py`: caches the latents, trains or goes on, writes OUT/diffusion.pt, OUT/log.jsonl, pictures in OUT/grids."""
     out, device = Path(cfg.out), world.device
     path, tokenizer_path = out / "diffusion.pt", cfg.tokenizer or str(out / "tokenizer.pt")
     if not os.path.exists(tokenizer_path):
@@ -768,22 +765,28 @@ def run():
     log.flops = 3 * model.flops()        # a backward pass costs two forward ones
     for step in range(start, steps):
         losses = train_step(model, parallel, ema, optimizer, islice(batches, cfg.accumulate), cfg, world, step)
-        done, last = step + 1, step + 1 == steps
+        done = step + 1
+        due = lambda interval: done == steps or interval and done % interval == 0
         log.bar.update(1)
-        if done % cfg.val_interval == 0 or last:
+        if due(cfg.val_interval):
             losses.update(validate(ema, val, latents, world, cfg.encode_batch))
-        if done % cfg.log_interval == 0 or "val_velocity" in losses:
+        if due(cfg.log_interval) or due(cfg.val_interval):
             losses = {name: world.mean(value.clone()) for name, value in losses.items()}
             log.write(done, done * cfg.batch_size, lr=optimizer.param_groups[0]["lr"], epoch=done * cfg.batch_size / len(train), **losses)
             if not math.isfinite(losses["loss"]):
                 raise UserError(f"the loss is {float(losses['loss'])} at step {done}: try a lower --lr, or --qk_norm=1; {path} is as it was")
-        if cfg.sample_interval and (done % cfg.sample_interval == 0 or last):
+        if cfg.sample_interval and due(cfg.sample_interval):
             grid(done)
-        if done % cfg.save_interval == 0 or last:
+        if due(cfg.save_interval):
             save(done)
     log.bar.close()
     if start >= steps and world.rank == 0:
         print(f"{path} has its {steps:,} steps; more: --steps={2 * steps}, again from the start: --resume=0")
+
+
+def run():
+    cfg = parse_config(Config, PRESETS)
+    (bench if cfg.bench else train)(cfg, init_world())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 import sys
 import zipfile
 import zlib
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from scipy.linalg import eigvalsh, lapack
+from scipy.linalg import lapack
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -42,7 +43,7 @@ class Config:
     samples: str = ""                # folder or .npz of images; empty: OUT/samples
     reference: str = ""              # folder, .npz of images, ADM's statistics or a cache of fid.py's; empty: the toy's data
     metrics: str = ""                # of fid,sfid,is,precision,recall,psnr,ssim,lpips; empty: the first five, or with --pairs=1 the last three
-    features: str = ""               # inception, toy (a small classifier of the toy's data) or a VFM's name or file; empty: inception, on the toy's data toy
+    features: str = ""               # inception, toy (a small classifier) or a VFM's name or file; empty: inception, against the toy's data toy
     inception: str = ""              # file of the Inception weights; empty: pytorch-fid's public one, fetched once
     pairs: bool = False              # PSNR, SSIM, LPIPS of the images of equal names in two folders
     lpips_weights: str = ""          # files of VGG16 and LPIPS's linear layers, comma-separated; empty: the public ones, fetched once
@@ -53,11 +54,14 @@ class Config:
 
 
 PRESETS = {"toy": {}, "imagenet": dict(reference="data/imagenet/VIRTUAL_imagenet256_labeled.npz", batch_size=256, workers=8)}
-METRICS = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
-PAIRED = ("psnr", "ssim", "lpips")
-SPLIT, PR_REFERENCE = 5000, 10_000   # ADM's: images per Inception Score split; reference images for precision and recall
-FEW = 10_000                         # FID of fewer images is warned of
+# ADM's reference: openaipublic.blob.core.windows.net/diffusion/jan-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+SPLIT, NEIGHBOURS, FEW = 5000, 10_000, 10_000      # ADM's images per Inception Score split and reference images for recall; fewer than FEW are warned of
+METRICS = {                                        # name: (its heading, what it needs beside images)
+    "fid": ("FID", ""), "sfid": ("sFID", "spatial features (Inception's) of both sides"), "is": ("IS", "class logits (Inception's)"),
+    "precision": ("precision", "the reference's images (arr_0)"), "recall": ("recall", "the reference's images (arr_0)"),
+    "psnr": ("PSNR", ""), "ssim": ("SSIM", ""), "lpips": ("LPIPS", "its weights (--lpips_weights)")}
+PAIRED = ("psnr", "ssim", "lpips")
 
 
 # -----------------------------------------------------------------------------
@@ -231,26 +235,28 @@ class Classifier(nn.Module):
 
 def load_classifier(out="out", device="cpu", steps=900, batch=64, lr=1e-2):
     """The toy's Classifier, frozen; trained the first time it is needed (about half a minute), then kept in `out`/classifier.pt."""
-    path, data = Path(out) / "classifier.pt", Shapes("train", 32, cache=out)
-    with torch.random.fork_rng(), torch.enable_grad():
+    path, fingerprint = Path(out) / "classifier.pt", f"{steps} {batch} {lr} {zlib.crc32(Shapes('train', 32).draw(np.arange(16))):08x}"
+    entries = load_checkpoint(path, "classifier") if path.exists() else {}
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(0)
         net = Classifier().to(device, memory_format=torch.channels_last)
-        fingerprint = f"{steps} {batch} {lr} {zlib.crc32(np.ascontiguousarray(data.images[:16])):08x}"
-        if not path.exists() or load_checkpoint(path, "classifier")["fingerprint"] != fingerprint:
-            optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.02)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.2)
+        if entries.get("fingerprint") != fingerprint:
+            data = Shapes("train", 32, cache=out)
             attributes = data.attributes(np.arange(len(data)))
             targets = torch.from_numpy(np.stack([attributes[key] for key in net.heads], 1))
+            optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.02)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.2)
             order = torch.cat([torch.randperm(len(data)) for _ in range(-(-steps * batch // len(data)))])
-            for index in tqdm(order.split(batch)[:steps], desc="training the toy's classifier", mininterval=0.5):
+            for index in tqdm(order.split(batch)[:steps], desc="training the toy's classifier", mininterval=0.5, leave=False):
                 logits = net.head(net.average(torch.from_numpy(data.images[index.numpy()]).to(device)))
                 loss = sum(F.cross_entropy(part, target) for part, target in zip(logits.split([*net.heads.values()], 1), targets[index].to(device).T))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            save_checkpoint(path, kind="classifier", fingerprint=fingerprint, model=net.state_dict())
-    return load_state(net, load_checkpoint(path, "classifier")["model"], str(path)).requires_grad_(False).eval()
+            entries = dict(kind="classifier", fingerprint=fingerprint, model=net.state_dict())
+            save_checkpoint(path, **entries)
+    return load_state(net, entries["model"], str(path)).requires_grad_(False).eval()
 
 
 def load_features(name, out="out", device="cpu", inception=""):
@@ -262,45 +268,43 @@ def load_features(name, out="out", device="cpu", inception=""):
 @contextlib.contextmanager
 def full_float32():
     """No TF32: numbers must not depend on the card."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         yield
     finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 # -----------------------------------------------------------------------------
-# Sets of images: source[range] -> uint8 [b, 3, H, W], len(source). They are read a batch at a time, in order
+# Sets of images: whatever has len() and gives source[range] as uint8 [b, 3, H, W]; a tensor is one
 
 class Folder:
-    """The images of a folder, sorted by path, all of one size (`size`: centre-cropped to it). UserError names the first that differs."""
+    """The images of a folder, sorted by path, all of one size (`crop`: centre-cropped to it as ADM does). UserError names the first that differs."""
 
-    def __init__(self, folder, size=0):
-        self.paths, self.crop = list_images(folder), size
-        self.size = self.load(self.paths[0]).size
+    def __init__(self, folder, crop=0):
+        self.paths, self.crop = list_images(folder), crop
+        self.size = self.load(0).size
 
-    def load(self, path):
-        return center_crop(load_rgb(path), self.crop) if self.crop else load_rgb(path)
+    def load(self, i):
+        image = load_rgb(self.paths[i])
+        return center_crop(image, self.crop) if self.crop else image
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, indices):
-        images = [self.load(self.paths[i]) for i in indices]
+        images = [self.load(i) for i in indices]
         for i, image in zip(indices, images):
             if image.size != self.size:
-                raise UserError("images of mixed sizes: {} is {}x{}, {} is {}x{}; crop them all with --image_size=N".format(
+                raise UserError("images of mixed sizes: {} is {}x{}, {} is {}x{}; --image_size=N crops them all".format(
                     self.paths[0], *self.size, self.paths[i], *image.size))
-        return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 class Npz:
-    """The images of an .npz: `arr_0`, uint8 [N, H, W, 3], as ADM writes them. np.load would read the member whole; this reads a batch from
-    the file (stored) or from the decompressed stream. UserError for another layout."""
+    """The images of an .npz: `arr_0`, uint8 [N, H, W, 3], as ADM writes them. np.load would read the member whole; this reads a batch at a
+    time, from the file itself or, compressed, from the stream. UserError for any other layout."""
 
     def __init__(self, path):
         self.path, self.file = path, None
@@ -311,13 +315,12 @@ class Npz:
                 info = archive.getinfo("arr_0.npy")
                 with archive.open(info) as member:
                     version = np.lib.format.read_magic(member)
-                    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                    self.shape, fortran, dtype = read_header(member)
+                    self.shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(member)
                     self.start, self.stored = member.tell(), info.compress_type == zipfile.ZIP_STORED
-                if self.stored:                  # the data follow the local header: 30 bytes, the name, the extra field
+                if self.stored:                  # where the member begins: after its local header of 30 bytes, name, extra field
                     archive.fp.seek(info.header_offset + 26)
-                    self.start += info.header_offset + 30 + int.from_bytes(archive.fp.read(2), "little") + int.from_bytes(archive.fp.read(2), "little")
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+                    self.start += info.header_offset + 30 + sum(struct.unpack("<HH", archive.fp.read(4)))
+        except (OSError, ValueError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
             raise UserError(f"cannot read {path}: {error}")
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or fortran:
             raise UserError(f"{path}: arr_0 must be uint8 images [N, H, W, 3] in C order; it is {dtype} {list(self.shape)}")
@@ -326,7 +329,7 @@ class Npz:
         return self.shape[0]
 
     def __getitem__(self, indices):
-        if self.file is None:            # opened here, since every loader process needs its own
+        if self.file is None:                    # not before, as every loader process needs its own
             self.file = open(self.path, "rb") if self.stored else zipfile.ZipFile(self.path).open("arr_0.npy")
         images = np.empty((len(indices), *self.shape[1:]), np.uint8)
         try:
@@ -338,50 +341,38 @@ class Npz:
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-class Computed:
-    """n images that a function(range) computes when they are asked for."""
-
-    def __init__(self, n, function):
-        self.n, self.function = n, function
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, indices):
-        return self.function(indices)
-
-
-def open_images(path, size=0):
-    """The source that a path names. UserError if there is nothing, or something else."""
-    if Path(path).is_dir():
-        return Folder(path, size)
+def open_images(path, crop=0):
+    """The images that a path names: a folder's or an .npz's. UserError if there are none."""
     if not Path(path).exists():
         raise UserError(f"no folder or .npz {path}")
-    return Npz(path)
+    return Folder(path, crop) if Path(path).is_dir() else Npz(path)
 
 
 def batches(source, world, batch_size, workers=0, title="images"):
-    """This process's share of a source, one contiguous part, as (range, images on the device), under a progress bar."""
+    """This process's share of a source, one contiguous part, as (range, images on the device), under a progress bar of that title."""
     share = -(-len(source) // world.size)
     start, stop = (min(len(source), k * share) for k in (world.rank, world.rank + 1))
     ranges = [range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
     loader = DataLoader(source, None, sampler=ranges, num_workers=workers, pin_memory=world.device.type == "cuda")
-    with tqdm(total=stop - start, desc=title, unit="image", disable=world.rank > 0, mininterval=0.5, leave=False) as bar:
+    with tqdm(total=stop - start, desc=title, unit="image", disable=world.rank > 0 or not title, mininterval=0.5, leave=False) as bar:
         for indices, images in zip(ranges, loader):
             yield indices, images.to(world.device, non_blocking=True)
             bar.update(len(indices))
 
 
+# -----------------------------------------------------------------------------
+# One pass over a set
+
 def total(world, tensor):
-    """Sums over processes, in place. What every process fills in its own rows of a zero tensor comes out whole, in the order of the images."""
+    """The sum over processes, in place. Where each fills its own rows of a zero tensor, the whole comes out in the order of the images."""
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 class Moments:
-    """Mean and covariance of rows in one pass, in float64: each batch is centred on its own mean and merged (Chan et al. 1979), so that a
-    mean much larger than the spread costs no digits."""
+    """Mean and covariance of rows in one pass, in float64: a batch is centred on its own mean, then merged (Chan et al. 1979), so that a
+    mean far above the spread costs no digits."""
 
     def __init__(self, dim, device="cpu"):
         self.n, self.mean = 0, torch.zeros(dim, dtype=torch.float64, device=device)
@@ -404,51 +395,47 @@ class Moments:
         self.n, self.mean, self.scatter = n, mean, total(world, self.scatter.addr_(shift, shift, alpha=self.n))
 
     def statistics(self):
-        """-> mean [D], unbiased covariance [D, D], as NumPy arrays."""
+        """-> mean [D], unbiased covariance [D, D], NumPy arrays."""
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy()
 
 
 @torch.no_grad()
 def measure(source, net, world, batch_size=64, workers=0, keep=0, title="images"):
-    """One pass of a set of images through a network -> dict: n; mu, sigma of its features; where it has them mu_s, sigma_s of its spatial
-    features, inception_score (mean, std) and predictions [n] of its logits; `features` [keep, D] of `keep` images evenly spaced.
+    """One pass of a set of images through a network -> dict: n; mu, sigma of its features; mu_s, sigma_s of its spatial features and, from
+    its logits, inception_score (mean, std) and predictions [n], where it has them; features [keep, D] of `keep` evenly spaced images.
     Raises UserError for fewer than 2 images and for features that are not finite."""
     n, device = len(source), world.device
     if n < 2:
         raise UserError(f"{title}: {n} image; a covariance needs 2 at least")
-    widths = [part if part is None else part.shape[1] for part in net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device))]
-    pool, spatial = (Moments(width, device) if width else None for width in widths[:2])
-    finite = torch.zeros(n, dtype=torch.uint8, device=device)
-    predictions = torch.zeros(n, dtype=torch.long, device=device) if widths[2] else None
-    splits = torch.zeros(-(-n // SPLIT), 2 + widths[2], dtype=torch.float64, device=device) if widths[2] else None
+    width, spatial_width, classes = (0 if part is None else part.shape[1] for part in net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device)))
+    moments = {key: Moments(dim, device) for key, dim in (("", width), ("_s", spatial_width)) if dim}
+    finite, predictions = torch.zeros(n, dtype=torch.uint8, device=device), torch.zeros(n, dtype=torch.long, device=device)
+    splits = torch.zeros(-(-n // SPLIT), 2 + classes, dtype=torch.float64, device=device)
     keep = min(keep, n)
-    kept = torch.zeros(keep, widths[0], device=device)
+    kept = torch.zeros(keep, width, device=device)
     with full_float32():
         for indices, images in batches(source, world, batch_size, workers, title):
-            features, local, logits = net(images)
+            features, spatial, logits = net(images)
             i, j = indices.start, indices.stop
             finite[i:j] = features.isfinite().all(1)
-            pool.update(features)
-            if local is not None:
-                spatial.update(local)
-            if logits is not None:
+            for part, rows in zip(moments.values(), (features, spatial)):
+                part.update(rows)
+            if classes:
                 predictions[i:j] = logits.argmax(1)
                 splits.index_add_(0, torch.arange(i, j, device=device) // SPLIT, score_terms(logits))
-            if keep:                     # kept image p is number p * n // keep
+            if keep:                             # kept image p is number p * n // keep
                 a, b = -(-i * keep // n), -(-j * keep // n)
                 kept[a:b] = features[torch.arange(a, b, device=device) * n // keep - i]
-    bad = (total(world, finite) == 0).nonzero()
-    if len(bad):
-        which = source.paths[int(bad[0])] if isinstance(source, Folder) else f"number {int(bad[0])}"
-        raise UserError(f"{title}: the {net.name} features of {len(bad)} images hold NaN or infinity, first of image {which}")
-    result = dict(n=n, features=total(world, kept))
-    for key, moments in (("", pool), ("_s", spatial)):
-        if moments:
-            moments.reduce(world)
-            result["mu" + key], result["sigma" + key] = moments.statistics()
-    if widths[2]:
-        result.update(inception_score=score(total(world, splits)), predictions=total(world, predictions))
-    return result
+    if len(bad := (total(world, finite) == 0).nonzero()):
+        first = source.paths[bad[0]] if isinstance(source, Folder) else f"number {int(bad[0])}"
+        raise UserError(f"{title}: the {net.name} features of {len(bad)} images hold NaN or infinity, first of image {first}")
+    found = dict(n=n, features=total(world, kept))
+    for key, part in moments.items():
+        part.reduce(world)
+        found["mu" + key], found["sigma" + key] = part.statistics()
+    if classes:
+        found.update(inception_score=score(total(world, splits)), predictions=total(world, predictions))
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -466,9 +453,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2)):
         raise UserError("the statistics hold NaN or infinity")
     factor, pivots, rank, _ = lapack.dpstrf(sigma1, lower=1)
-    factor, pivots = np.tril(factor)[:, :rank], pivots - 1
-    roots = np.sqrt(eigvalsh(factor.T @ sigma2[np.ix_(pivots, pivots)] @ factor).clip(0)) if rank else np.zeros(1)
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
+    factor, permuted = (torch.from_numpy(x) for x in (np.tril(factor)[:, :rank], sigma2[np.ix_(pivots - 1, pivots - 1)]))
+    roots = torch.linalg.eigvalsh(factor.T @ permuted @ factor).clamp_min(0).sqrt()      # torch's: SciPy's stalls on a busy machine
+    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum().item())
 
 
 def score_terms(logits):
@@ -494,9 +481,9 @@ def inception_score(logits, splits):
 
 
 def precision_recall(reference, samples, k=3, block=4096):
-    """Features [N, D], [M, D] -> (precision, recall) (arXiv 1904.06991): the share of samples that lie in the ball of any reference image, and
-    the reverse; a ball reaches to the k-th nearest of its own set, itself not counted. By blocks: memory beyond a copy of the features is a few block^2 numbers.
-    Raises UserError where a set has no k-th neighbour."""
+    """Features [N, D], [M, D] -> (precision, recall) (arXiv 1904.06991): the share of samples that lie in the ball of any reference image,
+    and the reverse; a ball reaches to the k-th nearest of its own set, itself not counted. By blocks: beyond a copy of the features it takes a
+    few block^2 numbers. Raises UserError where a set has no k-th neighbour."""
     reference, samples = torch.as_tensor(reference), torch.as_tensor(samples)
     if min(len(reference), len(samples)) <= k:
         raise UserError(f"precision and recall with k={k} need more than {k} images on both sides")
@@ -521,7 +508,7 @@ def precision_recall(reference, samples, k=3, block=4096):
 
     with full_float32():
         balls = [radii(parts) for parts in sets]
-        inside = [[torch.zeros_like(radius, dtype=torch.bool) for radius in radii_of_set] for radii_of_set in balls]
+        inside = [[torch.zeros_like(ball, dtype=torch.bool) for ball in side] for side in balls]
         for i, a in enumerate(sets[0]):
             for j, b in enumerate(sets[1]):
                 d = distances(a, b)
@@ -532,163 +519,148 @@ def precision_recall(reference, samples, k=3, block=4096):
 
 
 # -----------------------------------------------------------------------------
-# Two sets: their distributions, pairs of their images, the toy's whole pipeline
+# Two sets
 
-KEPT = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "network", "source")      # of a statistics file; the first four are ADM's
+KEPT = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "network", "source")      # in a statistics file; ADM's has the first four
 
 
 def read_statistics(path):
-    """The entries of ADM's or our own statistics file, without its images; {} for whatever is not an .npz."""
+    """The entries of ADM's or our own statistics file, without its images; {} for whatever else."""
     if not zipfile.is_zipfile(path):
         return {}
     try:
         with np.load(path) as file:
-            return {key: file[key] for key in KEPT if key in file.files}
+            entries = {key: file[key] for key in KEPT if key in file.files}
+        return {key: value if value.ndim else value.item() for key, value in entries.items()}
     except (OSError, ValueError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path}: {error}")
 
 
 def measure_reference(path, net, cfg, world):
-    """A reference's statistics, as `measure` names them: ADM's, a cache of ours, or measured now and kept in a cache beside the images."""
-    weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in net.state_dict().values())
-    network = f"{net.name} {zlib.crc32(weights):08x}"
-    given = read_statistics(path)
-    if "network" in given:
-        if given["network"] != network:
-            raise UserError(f"{path} holds statistics of other features, {given['network']}, not of {network}")
-        return {**given, "n": int(given["n"])}
-    if given and not isinstance(net, Inception):
-        raise UserError(f"{path} holds statistics of Inception's features, not of {net.name}'s")
-    if given and "arr_0.npy" not in zipfile.ZipFile(path).namelist():
-        return {**given, "n": None}
-    source, cache = open_images(path, cfg.image_size), Path(f"{str(path).rstrip('/')}.{net.name}.npz")
-    files = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in getattr(source, "paths", [Path(path)])]
-    fingerprint = hashlib.blake2b(repr((files, cfg.image_size)).encode(), digest_size=16).hexdigest()
+    """A reference's statistics under `measure`'s names: ADM's, a cache of ours, or measured now and kept beside the images."""
+    network = f"{net.name} {zlib.crc32([*net.parameters()][-1].cpu().numpy()):08x}"       # one tensor tells weights apart
+    given = read_statistics(path) if Path(path).is_file() else {}
+    theirs = given.get("network", network if isinstance(net, Inception) else "inception")
+    if given and theirs != network:
+        raise UserError(f"{path} holds statistics of other features: {theirs}, not {network}")
+    try:
+        source = open_images(path, cfg.image_size)
+    except UserError:
+        if given:
+            return given
+        raise
+    cache = Path(f"{str(path).rstrip('/')}.{net.name}.npz")
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in getattr(source, "paths", [Path(path)])]
+    fingerprint = hashlib.blake2b(repr((files, cfg.image_size, network)).encode(), digest_size=16).hexdigest()
     found = read_statistics(cache) if cache.is_file() else {}
-    if (found.get("network"), found.get("source")) != (network, fingerprint):
-        found = measure(source, net, world, cfg.batch_size, cfg.workers, PR_REFERENCE, str(path))
+    if total(world, torch.tensor(int(found.get("source") == fingerprint), device=world.device)) < world.size:      # stale for one, measured by all
+        found = measure(source, net, world, cfg.batch_size, cfg.workers, NEIGHBOURS, str(path))
         found = {**found, "features": found["features"].cpu().numpy(), "network": network, "source": fingerprint}
-        if world.rank == 0:
-            temporary = cache.with_name(cache.name + ".tmp")
-            try:
+        temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+        try:
+            if world.rank == 0:
                 with open(temporary, "wb") as file:
                     np.savez(file, **{key: found[key] for key in KEPT if key in found})
                 os.replace(temporary, cache)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                print(f"note: the statistics of {path} are not kept ({error})", file=sys.stderr)
-    return {**found, **given, "n": None if given else int(found["n"])}
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            print(f"note: the statistics of {path} are not kept ({error})", file=sys.stderr)
+    return {**found, **given, "n": None} if given else found
 
 
-def compare(samples, reference, metrics, device):
+def compare(samples, reference, metrics):
     """Those of `metrics` that both sides' statistics allow."""
     values = {}
-    for metric, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
-        if metric in metrics and mu in samples and mu in reference:
-            values[metric] = frechet_distance(samples[mu], samples[sigma], reference[mu], reference[sigma])
+    for metric, key in (("fid", ""), ("sfid", "_s")):
+        if metric in metrics and "mu" + key in samples and "mu" + key in reference:
+            values[metric] = frechet_distance(*(side[name + key] for side in (samples, reference) for name in ("mu", "sigma")))
     if "is" in metrics and "inception_score" in samples:
         values["is"], values["is_std"] = samples["inception_score"]
     if {"precision", "recall"} & {*metrics} and "features" in reference:
-        both = precision_recall(torch.as_tensor(reference["features"], device=device), samples["features"])
+        both = precision_recall(torch.as_tensor(reference["features"], device=samples["features"].device), samples["features"])
         values.update({metric: value for metric, value in zip(("precision", "recall"), both) if metric in metrics})
     return values
 
 
-class Pairs:
-    """The images of two folders that have the same path within them, but for the suffix; an item is b of one, then b of the other."""
-
-    def __init__(self, folders, size=0):
-        self.sides = [Folder(folder, size) for folder in folders]
-        names = [{str(path.relative_to(folder).with_suffix("")): path for path in side.paths} for folder, side in zip(folders, self.sides)]
-        for folder, side, mine, theirs in zip(folders, self.sides, names, names[::-1]):
-            alone = sorted(mine.keys() - theirs.keys())
-            if alone:
-                raise UserError(f"{len(alone)} images of {folder} have no partner of the same name: {', '.join(alone[:10])}" + ", ..." * (len(alone) > 10))
-            if len(mine) < len(side.paths):
-                raise UserError(f"{folder} has images whose names differ in the suffix alone; pairs need unique names")
-            side.paths = [mine[name] for name in sorted(mine)]
-        if self.sides[0].size != self.sides[1].size:
-            raise UserError("pairs need equal sizes: {} has {}x{}, {} has {}x{}".format(folders[0], *self.sides[0].size, folders[1], *self.sides[1].size))
-
-    def __len__(self):
-        return len(self.sides[0])
-
-    def __getitem__(self, indices):
-        return torch.cat([side[indices] for side in self.sides])
-
-
 @torch.no_grad()
-def measure_pairs(source, metrics, cfg, world):
-    """-> {metric: mean, metric_std: standard deviation (the population's) over the pairs}."""
-    measures = {name: measure for name, measure in (("psnr", psnr), ("ssim", ssim)) if name in metrics}
+def measure_pairs(folders, metrics, cfg, world):
+    """The images of two folders that have the same path within them but for the suffix -> dict: pairs (their number) and, for each metric,
+    metric: mean, metric_std: standard deviation (the population's). Raises UserError that names those without a partner."""
+    sides = [Folder(folder, cfg.image_size) for folder in folders]
+    names = [{str(path.relative_to(folder).with_suffix("")): path for path in side.paths} for folder, side in zip(folders, sides)]
+    for folder, side, mine, theirs in zip(folders, sides, names, names[::-1]):
+        if alone := sorted(mine.keys() - theirs.keys()):
+            raise UserError(f"{len(alone)} images of {folder} have no partner of the same name: {', '.join(alone[:10])}" + ", ..." * (len(alone) > 10))
+        if len(mine) < len(side.paths):
+            raise UserError(f"{folder} has images whose names differ in the suffix alone")
+        side.paths = [mine[name] for name in sorted(mine)]
+    if sides[0].size != sides[1].size:
+        raise UserError("pairs need equal sizes: {} has {}x{}, {} has {}x{}".format(folders[0], *sides[0].size, folders[1], *sides[1].size))
+    measures = {name: function for name, function in (("psnr", psnr), ("ssim", ssim)) if name in metrics}
     if "lpips" in metrics:
         try:
             measures["lpips"] = LPIPS(cfg.lpips_weights).to(world.device)
         except UserError as error:
             print(f"note: {error}", file=sys.stderr)
-    values = torch.zeros(len(measures), len(source), device=world.device)
+    values = torch.zeros(len(measures), len(sides[0]), device=world.device)
     with full_float32():
-        for indices, images in batches(source, world, cfg.batch_size, cfg.workers, "pairs"):
-            a, b = to_float(images).chunk(2)
-            for row, measure in zip(values, measures.values()):
-                row[indices.start:indices.stop] = measure(a, b)
+        for (indices, a), (_, b) in zip(*(batches(side, world, cfg.batch_size, cfg.workers, title) for side, title in zip(sides, ("pairs", "")))):
+            for row, function in zip(values, measures.values()):
+                row[indices.start:indices.stop] = function(to_float(a), to_float(b))
     values = total(world, values).double()
-    return {key + suffix: value for suffix, row in (("", values.mean(1)), ("_std", values.std(1, correction=0))) for key, value in zip(measures, row.tolist())}
+    moments = zip(measures, values.mean(1).tolist(), values.std(1, correction=0).tolist())
+    return dict(pairs=len(sides[0])) | {key: value for name, mean, std in moments for key, value in ((name, mean), (f"{name}_std", std))}
 
 
 @torch.no_grad()
 def measure_toy(cfg, net, world, reconstructed=2000):
-    """A toy run at a glance: Frechet distance to the held-out images, and how many images the classifier takes for the class that they
+    """A toy run at a glance: Frechet distance to the held-out images, and the share of images that the classifier takes for the class they
     should show -> {row: dict(label, images, fd, agreement[, psnr])}.
 
-    A distance says little by itself, so beside the samples stand real training images (the floor), the tokenizer's reconstructions, and
-    an untrained pipeline: as DiT's last layer starts at zero, an untrained diffusion model returns its Gaussian noise as the latent."""
-    samples, file, rows = open_images(cfg.samples), Path(cfg.samples) / "labels.json", {}
-    labels = np.array(json.loads(file.read_text())) if file.exists() else None
+    A distance says little by itself. Beside the samples' stand that of as many training images (the floor), of the tokenizer's
+    reconstructions, and of an untrained pipeline: since DiT's last layer starts at zero, an untrained one returns its noise as the latent."""
+    samples, rows = open_images(cfg.samples), {}
+    file, paths = Path(cfg.samples, "labels.json"), [Path(cfg.out, f"{kind}.pt") for kind in ("tokenizer", "diffusion")]
+    labels = json.loads(file.read_text()) if file.exists() else None       # a list in the order of the names, or {name: class}
+    labels = [labels[path.name] for path in samples.paths if path.name in labels] if isinstance(labels, dict) else labels
     if labels is not None and len(labels) != len(samples):
         raise UserError(f"{file} has {len(labels)} labels for {len(samples)} images; run sample.py again")
+    diffusion = load_checkpoint(paths[1], "diffusion") if paths[1].exists() else {}
+    if (data := diffusion.get("config", {}).get("data", "shapes")) != "shapes":
+        raise UserError(f"{cfg.samples} was made from --data={data}, not from the toy's; give the reference, too: python fid.py {cfg.samples} FOLDER")
     size = samples[range(1)].shape[-1]
-    train, val = (Shapes(split, size, cache=cfg.out) for split in ("train", "val"))
 
-    def drawn(data, indices):
-        images = data.draw(np.asarray(indices)) if data.images is None else np.array(data.images[indices.start:indices.stop])
-        return torch.from_numpy(images).to(world.device)
+    def drawn(split, n):
+        data = Shapes(split, size, cache=cfg.out)
+        images = data.images[:n] if data.images is not None else np.concatenate([data.draw(part) for part in np.array_split(np.arange(n), -(-n // 500))])
+        return torch.from_numpy(np.array(images)), data.targets()[:n]
 
-    def row(key, label, source, labels=None, against=None, **more):
+    def decoded(tokenizer, latents):
+        return torch.cat([to_uint8(tokenizer.decode(z.to(world.device))).cpu() for z in latents])
+
+    def row(key, label, source, labels=None, against=None):
         found = measure(source, net, world, cfg.batch_size, title=label)
-        fd = frechet_distance(found["mu"], found["sigma"], against["mu"], against["sigma"]) if against else None
-        agreement = float(np.mean(found["predictions"].cpu().numpy() == labels)) if labels is not None and "predictions" in found else None
-        rows[key] = dict(label=label, images=len(source), fd=fd, agreement=agreement, **more)
+        fd = compare(found, against, ("fid",))["fid"] if against else None
+        agreement = float(np.mean(found["predictions"].cpu().numpy() == np.asarray(labels))) if labels is not None and "predictions" in found else None
+        rows[key] = dict(label=label, images=len(source), fd=fd, agreement=agreement)
         return found
 
-    held_out = row("held_out", "held-out images", Computed(len(val), lambda r: drawn(val, r)), val.targets())
-    n = min(len(samples), len(train))
-    row("real", "training images, as many as samples (floor)", Computed(n, lambda r: drawn(train, r)), train.targets()[:n], held_out)
-    found = row("samples", "samples", samples, labels, held_out)
-    paths = [Path(cfg.out) / name for name in ("tokenizer.pt", "diffusion.pt")]
+    images, classes = drawn("val", Shapes.lengths["val"])
+    held_out = row("held_out", "held-out images (the classifier's accuracy)", images, classes)
+    row("real", "training images, as many as samples (floor)", *drawn("train", len(samples)), held_out)
+    generated = row("samples", "samples", samples, labels, held_out)
     if paths[0].exists():
-        tokenizer, n = load_tokenizer(paths[0]).to(world.device), min(reconstructed, len(val))
-        scores = torch.zeros(n, device=world.device)
-
-        def reconstruct(indices):
-            images = drawn(val, indices)
-            outputs = to_uint8(tokenizer.decode(tokenizer.encode(to_float(images))[0]))
-            scores[indices.start:indices.stop] = psnr(to_float(outputs), to_float(images))
-            return outputs
-
-        again = row("reconstructions", "reconstructions of held-out images (rFD)", Computed(n, reconstruct), val.targets()[:n], held_out)
-        rows["reconstructions"]["psnr"] = total(world, scores).mean().item()
-        rows["samples_to_reconstructions"] = dict(label="samples, against the reconstructions", images=len(samples), agreement=None, fd=frechet_distance(
-            found["mu"], found["sigma"], again["mu"], again["sigma"]))
-    if all(path.exists() for path in paths):
-        entries, side = load_checkpoint(paths[1], "diffusion"), size // tokenizer.downsample
-        mean, std = (entries[key].to(world.device).view(-1, 1, 1) for key in ("latent_mean", "latent_std"))
-
-        def untrained(indices):
-            noise = torch.stack([torch.randn(tokenizer.z_dim, side, side, generator=torch.Generator().manual_seed(i)) for i in indices])
-            return to_uint8(tokenizer.decode(noise.to(world.device) * std + mean))
-
-        row("untrained", "untrained pipeline: decoded Gaussian latents", Computed(len(samples), untrained), labels, held_out)
+        tokenizer = load_tokenizer(paths[0]).to(world.device)
+        originals, classes = images[:reconstructed], classes[:reconstructed]
+        outputs = decoded(tokenizer, (tokenizer.encode(to_float(part.to(world.device)))[0] for part in originals.split(cfg.batch_size)))
+        again = row("reconstructions", "reconstructions of held-out images (rFD)", outputs, classes, held_out)
+        rows["reconstructions"]["psnr"] = psnr(to_float(outputs), to_float(originals)).mean().item()
+        fd = compare(generated, again, ("fid",))["fid"]
+        rows["samples_to_reconstructions"] = dict(label="samples, against the reconstructions", images=len(samples), fd=fd)
+        if diffusion:
+            side, mean, std = size // tokenizer.downsample, *(diffusion[key].view(-1, 1, 1) for key in ("latent_mean", "latent_std"))
+            noise = torch.randn(len(samples), tokenizer.z_dim, side, side, generator=torch.Generator().manual_seed(0)) * std + mean
+            row("untrained", "untrained pipeline: decoded Gaussian latents", decoded(tokenizer, noise.split(cfg.batch_size)), labels, held_out)
     return rows
 
 
@@ -696,46 +668,45 @@ def measure_toy(cfg, net, world, reconstructed=2000):
 # The command
 
 def show(result, metrics):
-    """Prints the table, and a line for each metric that could not be had."""
-    features = result.get("features")
-    if features:
-        print(f"features: {features}" + ("" if features == "inception" else "; Frechet distances on them are not comparable with FID"))
+    """Prints the table, with a line also for each metric that could not be had."""
+    if "features" in result:
+        print(f"features: {result['features']}" + ("" if result["features"] == "inception" else "; not comparable with numbers on Inception's"))
     if "rows" in result:
-        print(f"{'':46} {'images':>7} {'FD':>9} {'agreement':>10} {'PSNR':>6}")
+        print(f"{'':46} {'images':>7} {'FD':>9} {'agreement':>9} {'PSNR':>9}")
         for row in result["rows"].values():
-            cells = [(row["fd"], "9.3f"), (row["agreement"], "10.1%"), (row.get("psnr"), "6.2f")]
-            print(f"{row['label']:46} {row['images']:7} " + " ".join("-".rjust(int(form.split(".")[0])) if cell is None else f"{cell:{form}}" for cell, form in cells))
+            cells = (("fd", "9.3f"), ("agreement", "9.1%"), ("psnr", "9.2f"))
+            print(f"{row['label']:46} {row['images']:7}", *(f"{'-':>9}" if row.get(key) is None else f"{row[key]:{form}}" for key, form in cells))
         return
-    counts = {**result.get("images", {}), **({"pairs": result["pairs"]} if "pairs" in result else {})}
-    print(f"{result['samples']} against {result['reference']}; images: " + ", ".join(f"{name} {n or 'not stated'}" for name, n in counts.items()))
-    needs = {"sfid": "spatial features (Inception's) of both sides", "is": "class logits (Inception's)", "lpips": "its weights (--lpips_weights)"}
+    print(f"{result['samples']} against {result['reference']}; images: " + ", ".join(f"{key} {n or 'not stated'}" for key, n in result["images"].items()))
     for metric in metrics:
-        name = METRICS[metric] if metric != "fid" or features == "inception" else f"FD ({features})"
-        if metric in result:
-            print(f"{name:12} {result[metric]:10.4f}" + (f" +- {result[metric + '_std']:.4f}" if metric + "_std" in result else ""))
-        else:
-            print(f"{name:12} left out: it needs {needs.get(metric, 'the images of the reference (arr_0)')}")
+        heading, needs = METRICS[metric]
+        heading = heading if metric != "fid" or result["features"] == "inception" else f"FD ({result['features']})"
+        spread = f" +- {result[metric + '_std']:.4f}" if metric + "_std" in result else ""
+        print(f"{heading:12}", f"{result[metric]:10.4f}{spread}" if metric in result else f"left out: it needs {needs}")
 
 
 def run():
     cfg = parse_config(Config, PRESETS, positional=("samples", "reference"))
     world = init_world()
-    metrics = [name for name in cfg.metrics.split(",") if name] + [*PAIRED] * cfg.pairs or [name for name in METRICS if name not in PAIRED]
-    if unknown := [name for name in metrics if name not in METRICS]:
-        raise UserError(f"--metrics={unknown[0]}: there are {', '.join(METRICS)}")
+    metrics = list(dict.fromkeys(filter(None, cfg.metrics.split(","))))
+    metrics += [*PAIRED] * (cfg.pairs and not {*PAIRED} & {*metrics})
+    metrics = metrics or [name for name in METRICS if name not in PAIRED]
+    if unknown := {*metrics} - {*METRICS}:
+        raise UserError(f"--metrics={unknown.pop()}: there are {', '.join(METRICS)}")
     cfg.samples = cfg.samples or f"{cfg.out}/samples"
     if not Path(cfg.samples).exists():
-        raise UserError(f"no folder or .npz {cfg.samples}" + ("; python sample.py makes one" if cfg.samples == f"{cfg.out}/samples" else ""))
-    result = dict(samples=cfg.samples, reference=cfg.reference or "held-out shapes")
+        raise UserError(f"no folder or .npz {cfg.samples}" + "; python sample.py makes one" * (cfg.samples == f"{cfg.out}/samples"))
+    result = dict(samples=cfg.samples, reference=cfg.reference or "held-out shapes", images={})
 
     if {*PAIRED} & {*metrics}:
         if not (Path(cfg.samples).is_dir() and Path(cfg.reference or "?").is_dir()):
-            raise UserError("pairs need two folders: python fid.py RECONSTRUCTIONS ORIGINALS --pairs=1")
-        pairs = Pairs((cfg.samples, cfg.reference), cfg.image_size)
-        result.update(pairs=len(pairs), **measure_pairs(pairs, metrics, cfg, world))
+            raise UserError("pairs are of two folders: python fid.py RECONSTRUCTIONS ORIGINALS --pairs=1")
+        found = measure_pairs((cfg.samples, cfg.reference), metrics, cfg, world)
+        result["images"]["pairs"] = found.pop("pairs")
+        result.update(found)
 
     if {*metrics} - {*PAIRED}:
-        if world.rank > 0:               # the first process fetches or trains what is missing, the others find it
+        if world.rank > 0:                       # the first process fetches or trains what is missing, the others find it
             world.barrier()
         net = load_features(cfg.features or ("inception" if cfg.reference else "toy"), cfg.out, world.device, cfg.inception)
         if world.rank == 0:
@@ -746,10 +717,12 @@ def run():
             reference = measure_reference(cfg.reference, net, cfg, world)
             neighbours = {"precision", "recall"} & {*metrics} and "features" in reference
             samples = measure(source, net, world, cfg.batch_size, cfg.workers, len(source) if neighbours else 0, cfg.samples)
-            result["images"] = dict(samples=samples["n"], reference=reference["n"], **(dict(reference_neighbours=len(reference["features"])) if neighbours else {}))
+            result["images"].update(samples=samples["n"], reference=reference.get("n"))
+            if neighbours:
+                result["images"]["reference_for_recall"] = len(reference["features"])
             if world.rank == 0:
-                result.update(compare(samples, reference, metrics, world.device))
-                if "fid" in metrics and min(samples["n"], reference["n"] or samples["n"]) < FEW:
+                result.update(compare(samples, reference, metrics))
+                if {"fid", "sfid"} & {*metrics} and min(samples["n"], reference.get("n") or FEW) < FEW:
                     print(f"warning: FID of fewer than {FEW} images is biased upwards; papers use 50000", file=sys.stderr)
         else:
             result["rows"] = measure_toy(cfg, net, world)

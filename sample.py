@@ -267,13 +267,8 @@ def sweep(cfg, world):
         print("| {solver} | {num_steps} | {evaluations} | {cfg_scale} | {fd:.2f} | {accuracy:.1%} |".format(**rows[-1]), flush=True)
     write_json(f"{cfg.out}/sweep.json", rows)
 
-# -----------------------------------------------------------------------------
-
-def run():
-    cfg = parse_config(Config, PRESETS)
-    world = init_world()
-    if cfg.reconstruct or cfg.sweep:
-        return (reconstruct if cfg.reconstruct else sweep)(cfg, world)
+def write_samples(cfg, world):
+    """OUT/samples/000000.png ..., labels.json (file name: class) and settings.json beside them; OUT/samples.png, the first 64 with their classes; OUT/samples.npz."""
     if cfg.solver not in (*SOLVERS, "sde"):
         raise UserError(f"--solver={cfg.solver}: there are {', '.join(SOLVERS)}, sde")
     model, guide, tokenizer, mean, std = load(cfg, world)
@@ -323,6 +318,11 @@ def run():
                 write_npz(out / "samples.npz", paths, pool)
             rate = f", {len(todo) / (time.perf_counter() - start):,.1f} images/s" if todo else ""
             print(f"{cfg.n:,} images in {folder} ({len(todo):,} new{rate}); the first {len(shown)}: {out / 'samples.png'}" + (f"; all: {out / 'samples.npz'}" if cfg.npz else ""))
+
+
+def run():
+    cfg = parse_config(Config, PRESETS)
+    (reconstruct if cfg.reconstruct else sweep if cfg.sweep else write_samples)(cfg, init_world())
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def test_image_folders():
 
 def test_fashion_mnist():
     """Real images through torchvision's loader: Debian's package dataset-fashion-mnist has the original files."""
-    source = next((Path(p) for p in ("/usr/share/datasets/fashion-mnist", "/usr/share/dataset-fashion-mnist", "/usr/share/data/fashion-mnist", "data/FashionMNIST/raw") if Path(p).is_dir()), None)
+    source = next((Path(p) for p in ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw") if Path(p).is_dir()), None)
     if source is None:
         skip("no Fashion-MNIST on this machine (Debian: dataset-fashion-mnist)")
     with tempfile.TemporaryDirectory() as folder:
@@ -416,15 +416,18 @@ def test_vfmvae_golden():
         e, scale_factor, state = g["expect"], g["upstream_config"]["scale_factor"], fill(g)
         older = {key.replace("encoder.vision_model.", "encoder.vision_model.vision_model."): value for key, value in state.items()}
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            same = []
             for layout in ({"G_ema": state, "cfg": {}}, state, {"G_ema": older}):
                 torch.save(layout, f"{folder}/vfmvae.pt")
                 tok = tokenizer.load_tokenizer(f"{folder}/vfmvae.pt", num_heads=4, layers=(0, 2, -1), scale_factor=scale_factor, resolution=128)
-                assert (tok.z_dim, tok.downsample, tok.resolution) == (8, 16, 128)
-                x = image(2, 3, 128, 128, salt=g["salt"]) * 2 - 1
-                mean, logvar = tok.encode(x)
-                outputs = tok.decoder(mean, scales=True)
-                check(outputs[-1], e["reconstruction"])
-                assert torch.equal(tok.decode(mean), outputs[-1])
+                same.append(tok.state_dict())
+            assert all(torch.equal(same[0][key], other[key]) for other in same[1:] for key in same[0])
+            assert (tok.z_dim, tok.downsample, tok.resolution) == (8, 16, 128)
+            x = image(2, 3, 128, 128, salt=g["salt"]) * 2 - 1
+            mean, logvar = tok.encode(x)
+            outputs = tok.decoder(mean, scales=True)
+            check(outputs[-1], e["reconstruction"])
+            assert torch.equal(tok.decode(mean), outputs[-1])
             features = tok.features(x)
             for i, level in enumerate(features):
                 check(level, e[f"vfm_feature_{i}"])
@@ -537,14 +540,14 @@ def test_modulation():
 
 
 def test_decoder_compiles_whole():
-    """No graph breaks, no recompilation for a second batch; the same images, eager or compiled."""
+    """No graph breaks in the decoder and the VFM; the same images, eager or traced."""
     torch.manual_seed(0)
     decoder = tokenizer.VFMVAEDecoder(4, 8, 4, (16, 16, 8, 8), (16, 8), (1, 0, 0, 0), 1, 16)
     z = torch.randn(2, 4, 4, 4)
-    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(decoder, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(z), decoder(z), rtol=1e-4, atol=1e-4)
     vit = tiny_vfm("toy")
-    torch.compile(vit, fullgraph=True, backend="aot_eager")(torch.randn(2, 3, 32, 32), (0, 2, -1))
+    torch.compile(vit, fullgraph=True, backend="eager")(torch.randn(2, 3, 32, 32), (0, 2, -1))
 
 
 # -----------------------------------------------------------------------------
@@ -628,7 +631,7 @@ def test_handed_gradients_equal_autograd():
             loss = loss + fixed
             if vf is not None:
                 norm = lambda loss: torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
-                weight = norm(rec) / (norm(vf) + 1e-4) * stage.vf
+                weight = norm(rec) / (norm(vf) + 1e-4) * stage.vf * cfg.vf_scale
                 np.testing.assert_allclose(values["vf_weight"], weight, rtol=1e-3)
                 loss = loss + weight.detach() * vf
             loss.backward()

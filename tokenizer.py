@@ -80,8 +80,10 @@ class Config:
     batch_size: int = 32                 # images a step, over all processes
     accumulate: int = 1                  # micro-batches a step
     lr_scale: float = 10.0               # times the learning rates of STAGES
+    beta1: float = 0.9                   # Adam's; negative: the stage's own
+    vf_scale: float = 0.2                # times the VF weights of STAGES
     gan_scale: float = 0.0               # times the GAN weights of STAGES; 0: no GAN
-    lpips_scale: float = 0.1             # times the perceptual weights of STAGES
+    lpips_scale: float = 0.02            # times the perceptual weights of STAGES
     equivariance: bool = True            # VFM-VAE's equivariance regularisation, in the stages that have it
     ema_kimg: float = 160.0              # half-life of the weights' moving average; at most 5% of the images seen
     perceptual: str = "vfm"              # lpips, or vfm: the same distance on the toy VFM's features
@@ -100,7 +102,7 @@ PRESETS = dict(
     toy={},
     imagenet=dict(data="data/imagenet", image_size=256, crop=True, workers=12, vfm="", scale_factor=0.0, layers=(0, 12, -1), downsample=16, post_factor=16,
                   widths=(512, 512, 512, 512, 256, 128), fuse_dims=(512, 256, 128, 128), attention=(2, 2, 2), num_res_blocks=2, w_dim=512, ch=128,
-                  ch_mult=(1, 1, 2, 2, 4), kimg=0.0, batch_size=512, lr_scale=1.0, gan_scale=1.0, lpips_scale=1.0, perceptual="lpips", disc_vfm="dino_vits16",
+                  ch_mult=(1, 1, 2, 2, 4), kimg=0.0, batch_size=512, lr_scale=1.0, beta1=-1.0, vf_scale=1.0, gan_scale=1.0, lpips_scale=1.0, perceptual="lpips", disc_vfm="dino_vits16",
                   ndf=64, log_interval=50, grid_interval=2000, save_interval=2000, eval_images=50_000))
 
 
@@ -1774,7 +1776,7 @@ def build_tokenizer(cfg, pretrained=True):
     vfm = load_vfm(name, cfg.out, pretrained) if cfg.method != "vae" else None
     ldm = dict(ch=cfg.ch, ch_mult=list(cfg.ch_mult), num_res_blocks=2, attn_levels=[len(cfg.ch_mult) - 1])
     arch = dict(resolution=cfg.image_size, downsample=cfg.downsample, z_dim=cfg.z_dim, scale_factor=1.0, encoder=ldm,
-                vf_dim=vfm.embed_dim if any(stage.vf for stage in stages) else 0)
+                vf_dim=vfm.embed_dim if cfg.vf_scale and any(stage.vf for stage in stages) else 0)
     if cfg.method in ("vfmvae", "aligntok"):
         layers = cfg.layers if cfg.method == "vfmvae" else (-1,)
         arch.update(vfm=vfm.config, scale_factor=scale, layers=list(layers), encoder=None)
@@ -1839,7 +1841,7 @@ class Trainer:
         self.stage = stage
         groups = select_parameters(self.tokenizer, stage.trains)
         self.parameters = [p for group in groups.values() for p in group]
-        adam = functools.partial(torch.optim.Adam, betas=stage.betas, fused=device.type == "cuda")
+        adam = functools.partial(torch.optim.Adam, betas=(stage.betas[0] if cfg.beta1 < 0 else cfg.beta1, stage.betas[1]), fused=device.type == "cuda")
         self.optimizer = adam([dict(params=group, lr=stage.lr * cfg.lr_scale * (stage.encoder_lr if name == "encoder" else 1)) for name, group in groups.items()], lr=stage.lr)
         self.gan = self.gan_optimizer = None
         if cfg.gan_scale and (stage.dino or stage.patch or stage.multi):
@@ -1884,7 +1886,7 @@ class Trainer:
                 anchor = self.anchor["adapter"](self.anchor["vfm"](self.anchor["vfm"].resize(images, size), self.tokenizer.layers), grid).float().chunk(2, 1)[0]
             values["preserve"] = F.mse_loss(mean, anchor)
             fixed = fixed + stage.preserve * values["preserve"]
-        if stage.vf and "adapter" in stage.trains:
+        if stage.vf and self.cfg.vf_scale and "adapter" in stage.trains:
             with torch.no_grad(), self.world.autocast():
                 target = features[-1] if self.target_vfm is None else self.target_vfm(self.target_vfm.resize(images, [
                     round(side * vfm_of(self.cfg)[1]) for side in images.shape[-2:]]))[0]
@@ -1968,7 +1970,7 @@ class Trainer:
                 backward(only_gan())
             last = tok.adapter.last_weight()
             reach = torch.autograd.grad(moved, last, from_reconstruction / share, retain_graph=True)[0].norm()
-            values["vf_weight"] = (reach / (torch.autograd.grad(vf, last, retain_graph=True)[0].norm() + 1e-4)).clamp(0, 1e8) * stage.vf
+            values["vf_weight"] = (reach / (torch.autograd.grad(vf, last, retain_graph=True)[0].norm() + 1e-4)).clamp(0, 1e8) * stage.vf * cfg.vf_scale
             fixed = fixed + values["vf_weight"].detach() * vf
         else:
             backward([a if b is None else a + b for a, b in zip(grads, [None] * (len(grads) - 1) + [adversarial])])
