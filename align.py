@@ -32,7 +32,7 @@ import tokenizer
 from diffusion import DiT, ImageNoise, build, fingerprint, flow_losses, full_state, load_diffusion, model_arch, train_step, vfm_tokens, write_json
 from fid import frechet_distance, load_features
 from sample import ode
-from tokenizer import (STAGES, FeatureDistance, Images, Log, Shapes, StepSampler, Tokenizer, Trainer, UserError, average_gradients, batch_indices,
+from tokenizer import (STAGES, Images, Log, Shapes, StepSampler, Tokenizer, Trainer, UserError, average_gradients, average_weights, batch_indices,
                        build_tokenizer, init_world, load_checkpoint, load_tokenizer, load_vfm, load_weights, main, make_loader, parse_config, psnr,
                        save_checkpoint, seed_step, stage_plan, to_float, to_uint8, update_ema, use_weights, vfm_of)
 
@@ -412,13 +412,6 @@ def chart_alignment(rows, subjects, path):
 # -----------------------------------------------------------------------------
 # Joint training
 
-def averaged(ema, module, images, batch, half_kimg):
-    """tokenizer.train's moving average of the weights named in `ema`. TODO-LEAD: share it with train."""
-    live = dict(module.named_parameters())
-    names = [name for name in ema if live[name].requires_grad]
-    torch._foreach_lerp_([ema[name] for name in names], [live[name].detach() for name in names], 1 - 0.5 ** (batch / min(half_kimg * 1000, 0.05 * images)))
-
-
 class JointTrainer(Trainer):
     """A tokenizer's Trainer in whose step the diffusion model learns from the same latents, and the alignment loss (REPA's) reaches `side`.
 
@@ -530,7 +523,6 @@ def train(cfg, paths, world):
     net, vfm = build_tokenizer(tok_cfg)
     net.load_state_dict(entries["model"] if resumed else {**entries["model"], **entries["ema"]})
     net = net.to(world.device, memory_format=torch.channels_last if world.device.type == "cuda" else torch.contiguous_format)
-    net.eval()                           # the toy VFM has BatchNorm
 
     # the diffusion model, with a projection if it has none; both begin with new optimizers
     dit_cfg, arch = diffusion.Config(**dit_entries["config"]), dit_entries["arch"]
@@ -595,7 +587,7 @@ def train(cfg, paths, world):
     for step in range(start, cfg.steps):
         seed_step(cfg.seed, step, world.rank)
         losses = trainer.joint_step(loader, step, step * cfg.batch_size)
-        averaged(decoder, net, images + (step + 1) * cfg.batch_size, cfg.batch_size, tok_cfg.ema_kimg)
+        average_weights(decoder, net, images + (step + 1) * cfg.batch_size, cfg.batch_size, tok_cfg.ema_kimg)
         log.bar.update()
         if (step + 1) % cfg.log_interval == 0:
             log.write(step + 1, (step + 1) * cfg.batch_size, **losses)
@@ -655,12 +647,11 @@ class Study:
     def tokenizer(self, method, seed):
         """Trains one -> Tokenizer with averaged weights, its Config. `tokenizer.train` without its files, and with its data on the device."""
         cfg, world = self.cfg, self.world
-        tok_cfg = tokenizer.Config(**METHODS[method], seed=seed, kimg=cfg.study_kimg, decoder="vfmvae", out=cfg.out, compile=False)
+        tok_cfg = tokenizer.Config(**METHODS[method], seed=seed, kimg=cfg.study_kimg, decoder="vfmvae", perceptual="toy-blind", out=cfg.out, compile=False)
         seed_step(seed, -1)
         net, vfm = build_tokenizer(tok_cfg)
         plan, scale = stage_plan(tok_cfg)
         trainer = Trainer(tok_cfg, net.to(world.device).eval(), world, vfm.to(world.device) if vfm else None, scale)
-        trainer.perceptual_net = FeatureDistance(self.vfms["toy-blind"])
         ema = {name: p.detach().clone() for name, p in net.named_parameters()}
         for number, stage, first, last in plan:
             seed_step(seed, -1 - number)
@@ -670,8 +661,9 @@ class Study:
                 seed_step(seed, step)
                 images = self.train[index]
                 mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+                trainer.set_lr(step * tok_cfg.batch_size / plan[-1][3])
                 trainer.step([torch.where(mirrored, images.flip(-1), images)], step, step * tok_cfg.batch_size)
-                averaged(ema, net, (step + 1) * tok_cfg.batch_size, tok_cfg.batch_size, tok_cfg.ema_kimg)
+                average_weights(ema, net, (step + 1) * tok_cfg.batch_size, tok_cfg.batch_size, tok_cfg.ema_kimg)
         net.load_state_dict(ema, strict=False)
         return net.requires_grad_(False).eval(), tok_cfg
 

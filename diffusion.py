@@ -164,7 +164,8 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c, rope):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, -1)
+        # float32 under autocast, too: bf16 would round 1 + scale to 1/128
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).float()[:, None].chunk(6, -1)
         x = x + gate_a * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
         return x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
@@ -190,7 +191,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c):
-        x = modulate(self.norm_final(x), *self.adaLN_modulation(c)[:, None].chunk(2, -1))
+        x = modulate(self.norm_final(x), *self.adaLN_modulation(c).float()[:, None].chunk(2, -1))
         return (self.linear(x[:, 1:]), self.linear_cls(x[:, 0])) if self.linear_cls else (self.linear(x), None)
 
 
@@ -318,6 +319,7 @@ def load_diffusion(path, weights="ema", **overrides):
     UserError for a missing file, another kind of file, and left-over or missing keys.
     """
     entries, about = load_weights(path), {}
+    entries = entries if isinstance(entries, dict) else {}
     if entries.get("kind", "diffusion") != "diffusion":
         raise UserError(f"{path} is a {entries['kind']} checkpoint, not a diffusion model")
     if "kind" in entries:
@@ -325,7 +327,7 @@ def load_diffusion(path, weights="ema", **overrides):
         about = {key: value for key, value in entries.items() if key not in ("model", "ema", "optimizer")}
     else:
         state = next((entries[key] for key in (weights, "ema", "model", "state_dict") if isinstance(entries.get(key), dict)), entries)
-        state = {re.sub(r"^((module|model|_orig_mod)\.)+", "", key): value for key, value in state.items()}
+        state = {re.sub(r"^((module|model|_orig_mod)\.)+", "", key): value for key, value in state.items() if torch.is_tensor(value)}
         try:
             arch = official_arch(state)
         except (KeyError, ValueError) as error:
@@ -411,101 +413,110 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-def cache_latents(folder, tokenizer, images, world, indices=None, dtype="bf16", posterior=False, vfm=None, grid=None, batch=100, workers=0, stat_images=10_000):
-    """The Latents of `images` (those at `indices`) in `folder`, encoded unless they are there already -> Latents.
+def cache_latents(folder, tokenizer, images, world, indices=None, dtype="bf16", posterior=False, vfm=None, grid=None, batch=100, workers=0):
+    """The Latents of `images` (those at `indices`) in `folder`, encoded unless they are there already.
 
-    meta.json says of each array what it was made of; a cache of another tokenizer, VFM, data set or precision is made anew. done.npy has a flag
-    an image, set after its rows are on disk: a killed run, or one with another number of processes, encodes the rest. meta.json is marked
-    complete, with the statistics per channel, last. `posterior` adds logvar; a `vfm` adds features, its tokens for a DiT of grid x grid tokens.
+    meta.json says of each array what it was made of: a cache of another tokenizer, VFM, data set or precision is made anew. done.npy has a
+    flag an image, set after its rows are on disk, so a killed run, or one with another number of processes, encodes the rest. Last, meta.json
+    gets the statistics and is marked complete. `posterior` adds logvar; `vfm` adds features, its tokens for a DiT of grid x grid tokens.
     """
     folder = Path(folder)
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-    n, side, device = len(indices), images.size // tokenizer.downsample, world.device
     names = ["mean"] + ["logvar"] * posterior + ["features"] * (vfm is not None)
     if world.rank == 0:
-        made_of = fingerprint(tokenizer, data_fingerprint(images, indices), images.size)
-        wanted = {name: dict(shape=[2 * n, tokenizer.z_dim, side, side], dtype=dtype, of=made_of) for name in names if name != "features"}
+        origin, rows, side = fingerprint(tokenizer, data_fingerprint(images, indices)), 2 * len(indices), images.size // tokenizer.downsample
+        wanted = {name: dict(shape=[rows, tokenizer.z_dim, side, side], dtype=dtype, of=origin) for name in names if name != "features"}
         if vfm is not None:
-            shape = vfm_tokens(vfm, torch.zeros(1, 3, images.size, images.size, device=device), grid).shape
-            wanted["features"] = dict(shape=[2 * n, *shape[1:]], dtype=dtype, of=fingerprint(vfm, made_of))
-        meta = read_json(folder / "meta.json")
-        arrays = meta.get("arrays", {})
-        usable = all(arrays.get(name) == spec for name, spec in wanted.items()) and (meta.get("complete") or arrays.keys() == wanted.keys())
-        for name, spec in arrays.items():
-            try:
-                usable &= list(np.load(folder / f"{name}.npy", mmap_mode="r").shape) == spec["shape"]
-            except (OSError, ValueError):                                        # missing or cut short
-                usable = False
-        if not usable:
-            if meta:
-                print(f"the latents in {folder} are of another tokenizer, data set or format: encoding anew", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            size = sum(math.prod(spec["shape"]) for spec in wanted.values()) * DTYPES[dtype][0].itemsize
-            if size > (free := shutil.disk_usage(folder).free):
-                raise UserError(f"the latents in {folder} need {size / 1e9:,.0f} GB, {free / 1e9:,.0f} GB are free: --latents=FOLDER elsewhere, or --cache_features=0")
-            for name, spec in wanted.items():
-                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", DTYPES[dtype][1], tuple(spec["shape"]))
-            np.lib.format.open_memmap(folder / "done.npy", "w+", np.uint8, (n,))
-            np.save(folder / "labels.npy", np.asarray(images.labels)[indices].astype(np.int64))
-            write_json(folder / "meta.json", dict(arrays=wanted, complete=False))
+            shape = vfm_tokens(vfm, torch.zeros(1, 3, images.size, images.size, device=world.device), grid).shape
+            wanted["features"] = dict(shape=[rows, *shape[1:]], dtype=dtype, of=fingerprint(vfm, origin))
+        if not usable_cache(folder, wanted):
+            start_cache(folder, wanted, np.asarray(images.labels)[indices].astype(np.int64))
     world.barrier()
     if not read_json(folder / "meta.json")["complete"]:
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}
-        done = np.load(folder / "done.npy", mmap_mode="r+")
-        mine = np.array_split(np.flatnonzero(done == 0), world.size)[world.rank]
-        world.barrier()                  # everyone has read the flags before anyone sets one
-        rows = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-        loader = make_loader(images, [indices[part].tolist() for part in rows], world, workers)
-
-        def write(part, values):
-            for name, value in zip(names, values):                               # [2 b, ...], images and then mirror images
-                value = value.to(DTYPES[dtype][0]).cpu()
-                value = value.view(torch.uint16).numpy() if dtype == "bf16" else value.numpy()
-                arrays[name][2 * part], arrays[name][2 * part + 1] = value[:len(part)], value[len(part):]
-                arrays[name].flush()
-            done[part] = 1
-            done.flush()
-
-        bar = tqdm(total=len(mine), desc=f"latents {folder.name}", unit="image", disable=world.rank > 0, dynamic_ncols=True)
-        with torch.inference_mode(), ThreadPoolExecutor(1) as writer:            # the disk works while the next batch is encoded
-            pending = deque()
-            for part, (pixels, _) in zip(rows, loader):
-                x = to_float(pixels.to(device, non_blocking=True))
-                x = torch.cat((x, x.flip(-1)))
-                values = list(tokenizer.encode(x)[:1 + posterior])               # in float32 (TF32 on CUDA): they are kept for good
-                if vfm is not None:
-                    with world.autocast():
-                        values.append(vfm_tokens(vfm, x, grid))
-                pending.append(writer.submit(write, part, values))
-                while len(pending) > 2:
-                    pending.popleft().result()
-                bar.update(len(part))
-            for job in pending:
-                job.result()
-        bar.close()
-        world.barrier()
-        if world.rank == 0:
-            meta = read_json(folder / "meta.json")
-            write_json(folder / "meta.json", dict(meta, complete=True, **latent_statistics(folder, n, names, dtype, stat_images)))
-        world.barrier()
+        fill_cache(folder, names, tokenizer, images, world, indices, vfm, grid, batch, workers)
     return Latents(folder, names)
 
 
-def latent_statistics(folder, n, names, dtype, count):
-    """{"mean", "std"}: per channel, over positions and `count` images and their mirror images; of samples, where there is a logvar."""
-    view = lambda name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")).view(DTYPES[dtype][0])
-    mean, logvar = view("mean"), view("logvar") if "logvar" in names else None
+def usable_cache(folder, wanted):
+    """Whether what is in the folder is, or when finished will be, what is wanted, and whole."""
+    meta = read_json(folder / "meta.json")
+    arrays = meta.get("arrays", {})
+    try:
+        whole = all(list(np.load(folder / f"{name}.npy", mmap_mode="r").shape) == spec["shape"] for name, spec in arrays.items())
+    except (OSError, ValueError):        # missing or cut short
+        whole = False
+    return whole and all(arrays.get(name) == spec for name, spec in wanted.items()) and (meta.get("complete") or arrays.keys() == wanted.keys())
+
+
+def start_cache(folder, wanted, labels):
+    if folder.exists():
+        print(f"the latents in {folder} are of another tokenizer, data set or format, or damaged: encoding anew", flush=True)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    size = sum(math.prod(spec["shape"]) * DTYPES[spec["dtype"]][0].itemsize for spec in wanted.values())
+    if size > (free := shutil.disk_usage(folder).free):
+        raise UserError(f"the latents in {folder} need {size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free: --latents=FOLDER elsewhere, or --cache_features=0")
+    for name, spec in wanted.items():
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", DTYPES[spec["dtype"]][1], tuple(spec["shape"]))
+    np.save(folder / "done.npy", np.zeros(len(labels), np.uint8))
+    np.save(folder / "labels.npy", labels)
+    write_json(folder / "meta.json", dict(arrays=wanted, complete=False))
+
+
+def fill_cache(folder, names, tokenizer, images, world, indices, vfm, grid, batch, workers):
+    """Encodes what is not done yet, this process its share; then the statistics."""
+    arrays, done = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}, np.load(folder / "done.npy", mmap_mode="r+")
+    low = DTYPES[read_json(folder / "meta.json")["arrays"]["mean"]["dtype"]][0]
+    mine = np.array_split(np.flatnonzero(done == 0), world.size)[world.rank]
+    world.barrier()                      # everyone has read the flags before anyone sets one
+    parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
+
+    def write(part, values):
+        for array, value in zip(arrays.values(), values):                        # [2 b, ...]: images, then mirror images
+            value = value.to(low).cpu()
+            value = (value.view(torch.uint16) if low == torch.bfloat16 else value).numpy()
+            array[2 * part], array[2 * part + 1] = value[:len(part)], value[len(part):]
+            array.flush()
+        done[part] = 1
+        done.flush()
+
+    bar = tqdm(total=len(mine), desc=f"latents {folder.name}", unit="image", disable=world.rank > 0, dynamic_ncols=True)
+    with torch.inference_mode(), ThreadPoolExecutor(1) as writer:                # the disk works while the next batch is encoded
+        pending = deque()
+        for part, (pixels, _) in zip(parts, make_loader(images, [indices[part].tolist() for part in parts], world, workers)):
+            x = to_float(pixels.to(world.device, non_blocking=True))
+            x = torch.cat((x, x.flip(-1)))
+            values = list(tokenizer.encode(x)[:1 + ("logvar" in names)])         # in float32 (TF32 on CUDA): they are kept for good
+            if vfm is not None:
+                with world.autocast():
+                    values.append(vfm_tokens(vfm, x, grid))
+            pending.append(writer.submit(write, part, values))
+            if len(pending) > 2:
+                pending.popleft().result()
+            bar.update(len(part))
+        for job in pending:
+            job.result()
+    bar.close()
+    world.barrier()
+    if world.rank == 0:
+        write_json(folder / "meta.json", dict(read_json(folder / "meta.json"), complete=True, **latent_statistics(folder, names, low)))
+    world.barrier()
+
+
+def latent_statistics(folder, names, dtype, count=20_000):
+    """{"mean", "std"} per channel, over positions and `count` rows (LightningDiT: 10,000 images); of samples, where there is a logvar."""
+    view = lambda name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")).view(dtype)
+    means, logvars = view("mean"), view("logvar") if "logvar" in names else None
     total, squares, number = 0, 0, 0
-    for rows in torch.linspace(0, 2 * n - 1, min(2 * n, 2 * count)).long().split(1000):
-        z = mean[rows].double()
+    for rows in torch.linspace(0, len(means) - 1, min(len(means), count)).long().split(1000):
+        z = means[rows].double()
         total, squares, number = total + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3)), number + z[:, 0].numel()
-        if logvar is not None:
-            squares = squares + logvar[rows].double().exp().sum((0, 2, 3))
+        if logvars is not None:
+            squares = squares + logvars[rows].double().exp().sum((0, 2, 3))
     mean = total / number
     std = (squares / number - mean.square()).clamp(min=0).sqrt()
-    if not (std > 0).all():              # NaN included
-        raise UserError(f"channels {torch.where(~(std > 0))[0].tolist()} of the latents in {folder} are constant or not finite: is the tokenizer trained? (delete {folder} to encode anew)")
+    if bad := torch.where(~((std > 0) & std.isfinite()))[0].tolist():
+        raise UserError(f"channels {bad} of the latents in {folder} are constant or not finite: is the tokenizer trained? (delete {folder} to encode anew)")
     return dict(mean=mean.tolist(), std=std.tolist())
 
 
@@ -697,8 +708,9 @@ def bench(cfg, world):
 
 def model_arch(cfg, channels, side, num_classes, vfm_dim):
     """The DiT arguments that the flags ask for."""
-    if cfg.model not in SIZES or cfg.arch not in ("lightningdit", "sit") or cfg.align not in ("none", "repa", "reg"):
-        raise UserError(f"--model={cfg.model} --arch={cfg.arch} --align={cfg.align}: there are {', '.join(SIZES)}; lightningdit, sit; none, repa, reg")
+    for key, choices in dict(model=SIZES, arch=("lightningdit", "sit"), align=("none", "repa", "reg"), times=("lognormal", "uniform"), cache_dtype=DTYPES).items():
+        if getattr(cfg, key) not in choices:
+            raise UserError(f"--{key}={getattr(cfg, key)}: there are {', '.join(choices)}")
     depth, width, heads = (given or default for given, default in zip((cfg.depth, cfg.hidden_size, cfg.num_heads), SIZES[cfg.model]))
     if cfg.align != "none" and not 1 <= cfg.encoder_depth <= depth:
         raise UserError(f"--encoder_depth={cfg.encoder_depth} is not one of the model's {depth} blocks")

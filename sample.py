@@ -3,7 +3,7 @@ Images from a diffusion checkpoint, and reconstructions of a folder of images.
 
     python sample.py                                        # toy: out/diffusion.pt -> out/samples/, a labelled grid, an .npz for fid.py
     python sample.py --classes=0,3 --n=16 --cfg_scale=2 --seed=7
-    torchrun --nproc_per_node=8 sample.py --preset=imagenet # 50,000 images for FID
+    torchrun --nproc_per_node=8 sample.py --preset=imagenet # 50,000 images for FID (torchrun ... -- sample.py --n=...: else it takes --n for its own)
     python sample.py --ckpt=lightningdit-xl.pt --tokenizer=vfmvae.pth --latent_stats=latents_stats.pt       # official files
     python sample.py --reconstruct=FOLDER                   # the tokenizer's reconstructions, paired by name
     python sample.py --sweep=1                              # toy: Frechet distance and class accuracy by solver, steps, guidance
@@ -38,9 +38,9 @@ class Config:
     n: int = 1_000                    # images
     classes: tuple = ()               # class numbers, in turn [all]
     seed: int = 0
-    batch_size: int = 250             # images to a batch and process
+    batch_size: int = 64              # images to a batch and process
     # solver
-    solver: str = "heun"              # euler, heun, ab2 (Adams-Bashforth), sde (Euler-Maruyama)
+    solver: str = "ab2"               # euler, heun, ab2 (Adams-Bashforth), sde (Euler-Maruyama)
     num_steps: int = 20               # times from noise to data: one evaluation less for euler and ab2, twice as many for heun
     cfg_scale: float = 2.0            # guidance: 1 is none
     cfg_interval_start: float = 0.0   # time from which guidance acts (0: noise, 1: data); not for sde

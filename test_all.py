@@ -4,8 +4,11 @@ Every test: `python test_all.py` (`python test_all.py vit cache` runs those whos
 Networks are held to golden values that public reference implementations printed for small models (testdata/*.json): their weights
 are rebuilt from their keys, written to files laid out as the official ones, and loaded through the public functions.
 """
+import atexit
 import contextlib
+import copy
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -19,8 +22,11 @@ import sys
 import tempfile
 import time
 import traceback
+import tracemalloc
+import zipfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,8 +34,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+import align
+import diffusion
+import fid
+import sample
 import tokenizer
-from tokenizer import UserError
+from tokenizer import Shapes, UserError
 
 HERE = Path(__file__).resolve().parent
 
@@ -140,6 +150,8 @@ def with_tiny_vfm(function):
 
 
 WORLD = tokenizer.World(0, 1, torch.device("cpu"))
+SHARED = tempfile.mkdtemp()              # what several tests use: the toy classifier, drawn shapes
+atexit.register(shutil.rmtree, SHARED, ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------
@@ -791,6 +803,886 @@ class FakeFeatures:
 
     def __call__(self, images):
         return images.float().flatten(1)[:, ::300] / 255, None, None
+
+
+# -----------------------------------------------------------------------------
+# fid.py
+
+def raises(part, function, *arguments, **keywords):
+    """The function raises a UserError that holds `part`."""
+    fails(lambda: function(*arguments, **keywords), part)
+
+
+def run_fid(*arguments, net=None):
+    """fid.py's run() in this process -> (its fid.json, what it printed). `net` stands in for the network of load_features."""
+    out, load, argv = next(a.split("=")[1] for a in arguments if a.startswith("--out=")), fid.load_features, sys.argv
+    sys.argv = ["fid.py", *map(str, arguments)]
+    if net is not None:
+        fid.load_features = lambda *_: net
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.redirect_stderr(text):
+            fid.run()
+    finally:
+        fid.load_features, sys.argv = load, argv
+    return json.loads((Path(out) / "fid.json").read_text()), text.getvalue()
+
+
+class Means(nn.Module):
+    """A cheap network with all three outputs: colours of a 3 x 3 grid, of a 2 x 2 grid, and ten logits."""
+    name = "means"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(tensor("means", (10, 27)), requires_grad=False)
+
+    def forward(self, images):
+        x = images.float() / 255
+        features = F.adaptive_avg_pool2d(x, 3).flatten(1)
+        return features, F.adaptive_avg_pool2d(x, 2).flatten(1), 20 * features @ self.weight.T
+
+
+def write_images(folder, images):
+    Path(folder).mkdir(parents=True)
+    for i, pixels in enumerate(images):
+        Image.fromarray(pixels).save(f"{folder}/{i:04d}.png")
+
+
+def pixels(n, size, key, spread=255):
+    return (noise(n * size * size * 3, key) * 0.5 * spread + 127.5).reshape(n, size, size, 3).to(torch.uint8).numpy()
+
+
+
+
+# the network
+
+def test_inception_golden():
+    file = golden("inception_fid")
+    with tempfile.TemporaryDirectory() as folder:
+        state, path = fill(file), f"{folder}/pt_inception.pth"
+        torch.save(state, path)
+        net = fid.load_inception(path)
+        other = {**state, "Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(0), "AuxLogits.fc.weight": torch.zeros(2)}
+        torch.save(other, path)
+        again = fid.load_inception(path)
+        missing = state.pop("Mixed_7c.branch3x3_2a.bn.bias")
+        torch.save({**state, "extra": missing}, path)
+        raises("1 keys missing: Mixed_7c.branch3x3_2a.bn.bias; 1 keys left over: extra", fid.load_inception, path)
+    images = (image(3, 3, file["S"], file["S"], salt=file["salt"]) * 255).round().to(torch.uint8)
+    with torch.no_grad():
+        pool, spatial, logits = net(images)
+        assert torch.equal(again(images)[0], pool)
+    expect = file["expect"]
+    check(pool, expect["pool_2048"])
+    check(logits, expect["logits_unbiased"])
+    check(logits + net.fc.bias, expect["logits"])
+    check(spatial.reshape(3, 17, 17, 7).permute(0, 3, 1, 2), expect["spatial_7x17x17"])
+    # a half-pixel resize passes the pool at 1e-3 only; torchvision's pools and eps do not pass at all
+    half = F.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
+    assert (fid.resize_tf1(images, 299) - half).abs().max() > 10
+
+
+def test_inception_compiles_whole():
+    net = fid.Inception().requires_grad_(False).eval()
+    images = torch.zeros(2, 3, 20, 30, dtype=torch.uint8)
+    for a, b in zip(torch.compile(net, fullgraph=True, backend="eager")(images), net(images)):
+        assert torch.equal(a, b)
+
+
+def test_inception_missing_weights():
+    raises("pt_inception-2015-12-05-6726825d.pth; give their file by --inception=PATH", fid.load_inception, "/nowhere/file.pth")
+
+
+def test_resize_tf1_exact():
+    def reference(images, size):         # straight from the definition, pixel by pixel, float64
+        n, c, height, width = images.shape
+        out = np.zeros((n, c, size, size))
+        for i in range(size):
+            y = i * height / size
+            y0 = min(int(np.floor(y + 1e-9)), height - 1)
+            y1 = min(y0 + 1, height - 1)
+            for j in range(size):
+                x = j * width / size
+                x0 = min(int(np.floor(x + 1e-9)), width - 1)
+                x1 = min(x0 + 1, width - 1)
+                top = images[:, :, y0, x0] + (images[:, :, y0, x1] - images[:, :, y0, x0]) * (x - x0)
+                low = images[:, :, y1, x0] + (images[:, :, y1, x1] - images[:, :, y1, x0]) * (x - x0)
+                out[:, :, i, j] = top + (low - top) * (y - y0)
+        return out
+    for height, width, size in ((64, 47, 299), (256, 256, 100), (300, 512, 90), (12, 7, 9), (40, 40, 40)):
+        images = (image(1, 3, height, width, key=f"{height}") * 255).round().to(torch.uint8)
+        found = fid.resize_tf1(images, size)
+        assert found.dtype == torch.float32 and found.shape == (1, 3, size, size)
+        np.testing.assert_allclose(found.double().numpy(), reference(images.double().numpy(), size), rtol=0, atol=4e-5)      # 2 roundings near 255
+
+
+# the formulas
+
+def test_fid_math_golden():
+    file = golden("fid_math")
+    n1, n2, d, expect = file["n1"], file["n2"], file["d"], file["expect"]
+    mix = noise(d * d, "mix").reshape(d, d) / d ** 0.5
+    a, b = noise(n1 * d, "fa").reshape(n1, d) @ mix, (noise(n2 * d, "fb").reshape(n2, d) * 1.2) @ mix + 0.1
+    logits = noise(n1 * 10, "lg").reshape(n1, 10) * 4
+    statistics = []
+    for rows in (a, b):
+        moments = fid.Moments(d)
+        for part in rows.split(97):
+            moments.update(part)
+        statistics += moments.statistics()
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(fid.frechet_distance(*statistics), expect["fid"])
+    close(fid.inception_score(logits, 10), expect["inception_score_10_splits"])
+    close(fid.inception_score(logits, 1), [expect["inception_score_one_split"], 0])
+    for block in (4096, 100, 3):
+        close(fid.precision_recall(a, b, k=3, block=block), [expect["precision_k3_reference_a_samples_b"], expect["recall_k3"]])
+    close(fid.precision_recall(a.float() + 100, b.float() + 100), [expect["precision_k3_reference_a_samples_b"], expect["recall_k3"]])
+
+
+def test_frechet_rank_deficient():
+    """Fewer images than dimensions: tr (C1 C2)^(1/2) is the nuclear norm of X Y^T / sqrt((n-1)(m-1)) of the centred features."""
+    d = 200
+    for n, m in ((30, 500), (500, 30), (20, 30), (2, 2), (300, 400)):
+        x, y = noise(n * d, "x").reshape(n, d).numpy(), noise(m * d, "y").reshape(m, d).numpy() * 3 + 0.5
+        xc, yc = (x - x.mean(0)) / (n - 1) ** 0.5, (y - y.mean(0)) / (m - 1) ** 0.5
+        exact = ((x.mean(0) - y.mean(0)) ** 2).sum() + (xc ** 2).sum() + (yc ** 2).sum() - 2 * np.linalg.svd(xc @ yc.T, compute_uv=False).sum()
+        found = fid.frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+        np.testing.assert_allclose(found, exact, rtol=1e-6)
+    zero, one = np.zeros((3, 3)), np.eye(3)
+    assert fid.frechet_distance(np.zeros(3), zero, np.ones(3), one) == 6 and fid.frechet_distance(np.zeros(3), one, np.ones(3), zero) == 6
+    assert fid.frechet_distance([0.0], [[4.0]], [1.0], [[9.0]]) == 2        # 1 + (2 - 3)^2
+
+
+def test_frechet_beats_sqrtm():
+    """Agrees with scipy.linalg.sqrtm of the product to 1e-3 in at most half of its time (measured at 2048 dimensions: a tenth)."""
+    from scipy.linalg import sqrtm
+    d = 384
+    mix = noise(d * d, "mix").reshape(d, d).numpy() * np.exp(-np.arange(d) / 60)
+    a, b = (np.cov(noise(n * d, key).reshape(n, d).numpy() @ mix, rowvar=False) for n, key in ((1500, "a"), (1200, "b")))
+    def timed(function):                 # the best of three: other processes may be about
+        def once():
+            start = time.perf_counter()
+            return function(), time.perf_counter() - start
+        value, seconds = zip(*(once() for _ in range(3)))
+        return value[0], min(seconds)
+    found, quick = timed(lambda: fid.frechet_distance(np.zeros(d), a, np.zeros(d), b))
+    slow, seconds = timed(lambda: np.trace(a) + np.trace(b) - 2 * np.trace(sqrtm(a @ b)).real)
+    np.testing.assert_allclose(found, slow, rtol=1e-3)
+    assert quick < seconds / 2, (quick, seconds)
+
+
+def test_frechet_refuses():
+    mean, one, two = np.zeros(2), np.eye(2), np.eye(3)
+    raises("statistics of different features", fid.frechet_distance, mean, one, np.zeros(3), two)
+    raises("NaN", fid.frechet_distance, mean, one, mean, one * np.nan)
+
+
+def test_moments():
+    """One pass, stable for a mean far above the spread, the same for any batches, mergeable."""
+    x = noise(1000 * 20, "m").reshape(1000, 20) * 1e-3 + 1e6
+    exact = np.cov((x - 1e6).numpy(), rowvar=False)
+    found = []
+    for batch in (1, 7, 1000):
+        moments = fid.Moments(20)
+        for rows in x.split(batch):
+            moments.update(rows)
+        mean, covariance = moments.statistics()
+        np.testing.assert_allclose(mean, x.mean(0).numpy(), rtol=1e-14)
+        np.testing.assert_allclose(covariance, exact, rtol=1e-5, atol=1e-12)     # 1e6's own rounding is 1e-10 of a spread of 1e-3
+        found.append(covariance)
+    np.testing.assert_allclose(found[0], found[2], rtol=1e-6, atol=1e-13)
+    naive = (x.float().T @ x.float() / 1000 - torch.outer(x.float().mean(0), x.float().mean(0))).numpy()
+    assert abs(naive - exact).max() > 1                                         # what it guards against
+
+
+def test_precision_recall_definition():
+    reference, samples = noise(60 * 5, "r").reshape(60, 5), noise(45 * 5, "s").reshape(45, 5) * 1.3
+    for k in (1, 3, 5):
+        radius = [torch.cdist(x, x).sort(1).values[:, k] for x in (reference, samples)]
+        distance = torch.cdist(reference, samples)
+        exact = ((distance <= radius[0][:, None]).any(0).double().mean().item(), (distance <= radius[1]).any(1).double().mean().item())
+        for block in (2, 16, 64):
+            assert fid.precision_recall(reference, samples, k, block) == exact
+    assert fid.precision_recall(samples, samples) == (1, 1) and fid.precision_recall(samples, samples + 100) == (0, 0)
+    raises("more than 3 images", fid.precision_recall, reference[:3], samples)
+
+
+def test_inception_score_bounds():
+    one_hot = torch.eye(8).repeat(5, 1) * 100
+    np.testing.assert_allclose(fid.inception_score(one_hot, 1), [8, 0], rtol=1e-9)      # sure and diverse: the number of classes
+    np.testing.assert_allclose(fid.inception_score(torch.zeros(40, 8), 4), [1, 0], atol=1e-12)
+
+
+# sources and streaming
+
+def test_sources_agree_and_stream():
+    images = pixels(23, 16, "sources")
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(f"{folder}/a", images)
+        np.savez(f"{folder}/stored.npz", images)
+        np.savez_compressed(f"{folder}/packed.npz", arr_0=images, labels=np.arange(23))
+        for path in ("a", "stored.npz", "packed.npz"):
+            source = fid.open_images(f"{folder}/{path}")
+            assert len(source) == 23
+            for workers in (0, 2):
+                got = torch.cat([batch for _, batch in fid.batches(source, WORLD, 5, workers)])
+                assert torch.equal(got.permute(0, 2, 3, 1), torch.from_numpy(images)), (path, workers)
+            thirds = [torch.cat([b for _, b in fid.batches(source, tokenizer.World(rank, 3, WORLD.device), 4)]) for rank in range(3)]
+            assert torch.equal(torch.cat(thirds), got)
+            assert torch.equal(source[range(3, 5)], got[3:5])       # back again
+        large = np.zeros((400, 256, 256, 3), np.uint8)              # 79 MB, of which a batch may lie in memory
+        np.savez(f"{folder}/large.npz", large)
+        np.savez_compressed(f"{folder}/tight.npz", large)
+        del large
+        for path in ("large.npz", "tight.npz"):
+            tracemalloc.start()
+            assert sum(len(batch) for _, batch in fid.batches(fid.Npz(f"{folder}/{path}"), WORLD, 16)) == 400
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 16e6, peak
+
+
+def test_bad_sources():
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(f"{folder}/mixed", [pixels(1, 8, "a")[0], pixels(1, 16, "b")[0]])
+        for workers in (0, 1):
+            raises("0000.png is 8x8, " + folder, lambda: list(fid.batches(fid.Folder(f"{folder}/mixed"), WORLD, 2, workers)))
+        assert fid.Folder(f"{folder}/mixed", 8)[range(2)].shape == (2, 3, 8, 8)
+        Path(f"{folder}/mixed/0001.png").write_bytes(b"\x89PNG no image")
+        raises("cannot read image", lambda: list(fid.batches(fid.Folder(f"{folder}/mixed"), WORLD, 2)))
+        os.mkdir(f"{folder}/empty")
+        raises("no images in", fid.open_images, f"{folder}/empty")
+        raises("no folder or .npz", fid.open_images, f"{folder}/nothing")
+        np.savez(f"{folder}/other.npz", images=pixels(3, 8, "c"), labels=np.arange(3))
+        raises("has no arr_0 (uint8 images [N, H, W, 3]); it has images, labels", fid.open_images, f"{folder}/other.npz")
+        for array in (np.zeros((3, 8, 8, 3), np.float32), np.zeros((3, 3, 8, 8), np.uint8), np.zeros((3, 8, 8), np.uint8), np.asfortranarray(np.zeros((3, 8, 8, 3), np.uint8))):
+            np.savez(f"{folder}/layout.npz", array)
+            raises("arr_0 must be uint8 images [N, H, W, 3]", fid.open_images, f"{folder}/layout.npz")
+        Path(f"{folder}/text.npz").write_text("not an archive")
+        raises("cannot read", fid.open_images, f"{folder}/text.npz")
+        np.savez_compressed(f"{folder}/torn.npz", np.random.default_rng(0).integers(0, 255, (50, 32, 32, 3), np.uint8))
+        data = bytearray(Path(f"{folder}/torn.npz").read_bytes())
+        data[len(data) // 2:len(data) // 2 + 64] = bytes(64)
+        Path(f"{folder}/torn.npz").write_bytes(data)
+        raises("cannot read images", lambda: list(fid.batches(fid.Npz(f"{folder}/torn.npz"), WORLD, 50)))
+
+
+def test_measure_refuses():
+    class Broken(Means):
+        def forward(self, images):
+            features, spatial, logits = super().forward(images)
+            return torch.where((images == 7).all((1, 2, 3))[:, None], torch.nan, features), spatial, logits
+    images = torch.from_numpy(pixels(9, 8, "n")).permute(0, 3, 1, 2)
+    images[5] = 7
+    raises("set: the means features of 1 images hold NaN or infinity, first of image number 5", fid.measure, images, Broken(), WORLD, 4, title="set")
+    raises("1 image", fid.measure, images[:1], Means(), WORLD)
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(f"{folder}/a", images.permute(0, 2, 3, 1).numpy())
+        raises("0005.png", fid.measure, fid.Folder(f"{folder}/a"), Broken(), WORLD, 4)
+
+
+# the command
+
+def test_metrics_end_to_end():
+    """Each number of the command against its definition, for every kind of reference; the cache; what is left out."""
+    a, b = pixels(40, 12, "left", 200), pixels(50, 12, "right", 180)
+    net = Means()
+    feats = [net(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (a, b)]
+    cov = lambda x: (x.double().mean(0).numpy(), np.cov(x.double().numpy(), rowvar=False))
+    exact = dict(fid=fid.frechet_distance(*cov(feats[0][0]), *cov(feats[1][0])), sfid=fid.frechet_distance(*cov(feats[0][1]), *cov(feats[1][1])))
+    exact["is"], exact["is_std"] = fid.inception_score(feats[0][2], 1)
+    exact["precision"], exact["recall"] = fid.precision_recall(feats[1][0], feats[0][0])
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(f"{folder}/a", a)
+        write_images(f"{folder}/b", b)
+        np.savez(f"{folder}/a.npz", a)
+        np.savez_compressed(f"{folder}/b.npz", b)
+        out = f"--out={folder}/out"
+        for samples, reference in (("a", "b"), ("a.npz", "b"), ("a", "b.npz"), ("a", "b.means.npz"), ("a", "b")):
+            result, text = run_fid(f"{folder}/{samples}", f"{folder}/{reference}", out, "--batch_size=7", "--workers=0", net=net)
+            for key, value in exact.items():
+                np.testing.assert_allclose(result[key], value, rtol=1e-6, atol=1e-9, err_msg=f"{samples} {reference} {key}")
+            assert result["images"] == dict(samples=40, reference=50, reference_for_recall=50) and result["features"] == "means"
+            assert "FD (means)" in text and "not comparable with numbers on Inception's" in text and "biased" in text
+        assert Path(f"{folder}/b.means.npz").exists() and Path(f"{folder}/b.npz.means.npz").exists()
+
+        # a stale cache is measured anew: other weights, another image
+        other = Means()
+        other.weight.mul_(0.5)
+        other.forward = lambda images: [2 * part for part in Means.forward(other, images)]
+        result, _ = run_fid(f"{folder}/a", f"{folder}/b", out, "--workers=0", "--metrics=fid", net=other)
+        np.testing.assert_allclose(result["fid"], 4 * exact["fid"], rtol=1e-6)
+        raises("statistics of other features", run_fid, f"{folder}/a", f"{folder}/b.npz.means.npz", out, net=other)
+        Image.fromarray(a[0]).save(f"{folder}/b/0050.png")
+        assert run_fid(f"{folder}/a", f"{folder}/b", out, "--workers=0", net=net)[0]["images"]["reference"] == 51
+
+        # chosen metrics, and those that cannot be had
+        result, text = run_fid(f"{folder}/a", f"{folder}/b", out, "--metrics=recall,is", "--workers=0", net=net)
+        assert {*fid.METRICS} & {*result} == {"recall", "is"} and "biased" not in text
+        raises("--metrics=fad: there are fid, sfid", run_fid, f"{folder}/a", f"{folder}/b", out, "--metrics=fad", net=net)
+        raises("no folder or .npz", run_fid, f"{folder}/c", f"{folder}/b", out, net=net)
+        raises("no folder or .npz", run_fid, f"{folder}/a", f"{folder}/c", out, net=net)
+        raises("python sample.py", run_fid, out, net=net)
+        one = f"{folder}/one"
+        write_images(one, a[:1])
+        raises("1 image; a covariance needs 2", run_fid, one, f"{folder}/b", out, net=net)
+
+
+def test_inception_command_and_adm_statistics():
+    """The real network through the command, against ADM's statistics file with and without images."""
+    a, b = pixels(6, 32, "ia"), pixels(7, 32, "ib", 150)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(fill(golden("inception_fid")), f"{folder}/weights.pth")
+        np.savez(f"{folder}/a.npz", a)
+        net = fid.load_inception(f"{folder}/weights.pth")
+        with torch.no_grad():
+            left, right = (net(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (a, b))
+        (mu, sigma), (mu_s, sigma_s) = (((x := part.double().numpy()).mean(0), np.cov(x, rowvar=False)) for part in right[:2])
+        np.savez(f"{folder}/adm.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, arr_0=b)
+        np.savez(f"{folder}/adm_bare.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+        flags = (f"--out={folder}/out", "--workers=0", f"--inception={folder}/weights.pth")
+        result, text = run_fid(f"{folder}/a.npz", f"{folder}/adm.npz", *flags)
+        gap = lambda k: fid.frechet_distance(left[k].double().mean(0), np.cov(left[k].double().numpy(), rowvar=False), *((mu, sigma), (mu_s, sigma_s))[k])
+        np.testing.assert_allclose([result["fid"], result["sfid"]], [gap(0), gap(1)], rtol=1e-5)
+        np.testing.assert_allclose(result["is"], fid.inception_score(left[2], 1)[0], rtol=1e-6)
+        assert (result["precision"], result["recall"]) == fid.precision_recall(right[0], left[0])
+        assert result["images"] == dict(samples=6, reference=None, reference_for_recall=7) and "features: inception\n" in text and "FID " in text
+        bare, text = run_fid(f"{folder}/a.npz", f"{folder}/adm_bare.npz", *flags, "--metrics=fid,precision")
+        np.testing.assert_allclose(bare["fid"], result["fid"], rtol=1e-9)
+        assert "precision" not in bare and "precision    left out: it needs the reference's images (arr_0)" in text
+        raises("holds statistics of other features: inception, not means", run_fid, f"{folder}/a.npz", f"{folder}/adm.npz", *flags, net=Means())
+
+
+def test_pairs():
+    a = pixels(5, 24, "pairs")
+    b = np.clip(a.astype(int) + np.array([0, 5, 10, 20, 40])[:, None, None, None], 0, 255).astype(np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(f"{folder}/a", a)
+        write_images(f"{folder}/b", b)
+        os.rename(f"{folder}/b/0003.png", f"{folder}/b/0003.bmp")       # another suffix is no other name
+        mse = ((a / 255.0 - b / 255.0) ** 2).mean((1, 2, 3))
+        exact = 10 * np.log10(1 / np.maximum(mse, 1e-10 / 4))
+        flags = (f"--out={folder}/out", "--pairs=1", "--workers=0")
+        result, text = run_fid(f"{folder}/a", f"{folder}/b", *flags, "--metrics=psnr,ssim,psnr", "--batch_size=2")
+        assert text.count("PSNR") == 1 and "LPIPS" not in text
+        np.testing.assert_allclose([result["psnr"], result["psnr_std"]], [exact.mean(), exact.std()], rtol=1e-4)
+        as_float = [torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (a, b)]
+        np.testing.assert_allclose(result["ssim"], tokenizer.ssim(*as_float).mean().item(), rtol=1e-5)
+        assert result["images"]["pairs"] == 5 and "pairs 5" in text and "+-" in text and "features" not in result
+        lpips = tokenizer.LPIPS(None)                                   # random weights, in the public files' keys
+        state = lpips.state_dict()
+        torch.save({key if key.startswith("features") else f"lin{key[-1]}.model.1.weight": value for key, value in state.items()}, f"{folder}/vgg.pth")
+        result, _ = run_fid(f"{folder}/a", f"{folder}/b", *flags, f"--lpips_weights={folder}/vgg.pth")
+        np.testing.assert_allclose(result["lpips"], lpips(*as_float).mean().item(), rtol=1e-4)
+        _, text = run_fid(f"{folder}/a", f"{folder}/b", *flags, "--lpips_weights=/nowhere.pth")
+        assert "LPIPS        left out" in text and "/nowhere.pth" in text
+        result, _ = run_fid(f"{folder}/a", f"{folder}/b", f"--out={folder}/out", "--metrics=fid,psnr", "--workers=0", net=Means())
+        assert {"fid", "psnr"} <= result.keys()
+        os.remove(f"{folder}/b/0001.png")
+        os.remove(f"{folder}/b/0002.png")
+        raises("2 images of " + folder + "/a have no partner of the same name: 0001, 0002", run_fid, f"{folder}/a", f"{folder}/b", *flags)
+        raises("2 images of " + folder + "/a have no partner", run_fid, f"{folder}/b", f"{folder}/a", *flags)
+        write_images(f"{folder}/c", pixels(5, 16, "small"))
+        raises("pairs need equal sizes", run_fid, f"{folder}/a", f"{folder}/c", *flags)
+        raises("pairs are of two folders", run_fid, f"{folder}/a", f"--out={folder}/out", "--pairs=1")
+
+
+def test_vfm_features():
+    with tempfile.TemporaryDirectory() as folder:
+        vit = tokenizer.ViT(image_size=28, patch_size=14, embed_dim=64, depth=1, num_heads=1, mlp_hidden=64, layer_scale=True)
+        torch.save(vit.state_dict(), f"{folder}/small.pth")
+        net = fid.load_features(f"{folder}/small.pth")
+        images = torch.from_numpy(pixels(4, 40, "v")).permute(0, 3, 1, 2)
+        features, spatial, logits = net(images)
+        assert net.name == "small" and spatial is None and logits is None
+        vit = net.vfm
+        torch.testing.assert_close(features, vit(vit.resize(images.float() / 127.5 - 1), cls=True)[0][:, 0])
+        raises("no VFM nonsense", fid.load_features, "nonsense", folder)
+
+
+def test_splits_and_kept_images():
+    """The Inception Score in splits of SPLIT images, the last one shorter; neighbours from evenly spaced images; both in any shares."""
+    images, net, split = torch.from_numpy(pixels(21, 8, "splits")).permute(0, 3, 1, 2), Means(), fid.SPLIT
+    features, _, logits = net(images)
+    try:
+        fid.SPLIT = 8
+        found = fid.measure(images, net, WORLD, 5, keep=6)
+    finally:
+        fid.SPLIT = split
+    parts = [fid.inception_score(part, 1)[0] for part in logits.split(8)]
+    np.testing.assert_allclose(found["inception_score"], [np.mean(parts), np.std(parts)], rtol=1e-5)
+    assert torch.equal(found["features"], features[[0, 3, 7, 10, 14, 17]]) and torch.equal(found["predictions"], logits.argmax(1))
+    assert torch.equal(fid.measure(images, net, WORLD, 4, keep=100)["features"], features)
+
+
+def toy_out(folder):
+    """An out folder with the shared run's classifier and drawn shapes."""
+    fid.load_features("toy", SHARED)
+    os.makedirs(folder, exist_ok=True)
+    for path in (Path(SHARED, "classifier.pt"), *Path(SHARED).glob("shapes-*.npy")):
+        os.symlink(path.resolve(), f"{folder}/{path.name}")
+    return folder
+
+
+def test_two_processes_same_numbers():
+    a, b = pixels(21, 32, "pa", 200), pixels(19, 32, "pb", 180)
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(f"{folder}/a", a)
+        np.savez_compressed(f"{folder}/b.npz", b)
+        arguments = [f"{folder}/a", f"{folder}/b.npz", f"--out={toy_out(folder + '/out')}", "--features=toy", "--batch_size=4", "--workers=0"]
+        alone, _ = run_fid(*arguments)
+        os.remove(f"{folder}/b.npz.toy.npz")
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "fid.py"), *arguments],
+                       check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        together = json.loads(Path(f"{folder}/out/fid.json").read_text())
+        assert alone["images"] == together["images"] and {"fid", "is", "precision", "recall"} <= together.keys()
+        for key in ("fid", "is", "precision", "recall"):
+            np.testing.assert_allclose(together[key], alone[key], rtol=1e-5)
+
+
+def test_command_errors():
+    """One line and a status, no traceback."""
+    def exits(*arguments):
+        argv, sys.argv, errors = sys.argv, ["fid.py", *arguments], io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+                tokenizer.main(fid.run)
+        except SystemExit as stop:
+            return stop.code, errors.getvalue()
+        finally:
+            sys.argv = argv
+    assert exits("/nowhere/a", "/nowhere/b") == ("fid.py: no folder or .npz /nowhere/a", "")
+    status, line = exits("--metric=fid")
+    assert status == 2 and "did you mean --metrics?" in line and line.count("\n") == 1
+
+
+# the toy
+
+def test_toy_classifier():
+    """At least 97% on held-out images; the features see colour and texture, not the class alone."""
+    net = fid.load_features("toy", SHARED)
+    val = tokenizer.Shapes("val", 32, cache=SHARED)
+    images, labels = torch.from_numpy(np.array(val.images[:1000])), torch.from_numpy(val.targets()[:1000])
+    with torch.no_grad():
+        features, spatial, logits = net(images)
+        assert features.shape == (1000, 128) and spatial is None and logits.shape == (1000, 10)
+        assert (logits.argmax(1) == labels).double().mean() >= 0.97
+        larger = F.interpolate(images[:200].float(), scale_factor=2, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
+        assert (net(larger)[2].argmax(1) == labels[:200]).double().mean() > 0.9
+        stat = lambda x: (x.mean(0), np.cov(x.numpy(), rowvar=False))
+        same, grey = stat(features[:500]), net(images[500:].float().mean(1, keepdim=True).expand(-1, 3, -1, -1).to(torch.uint8))[0]
+        assert fid.frechet_distance(*same, *stat(grey)) > 10 * fid.frechet_distance(*same, *stat(features[500:]))
+    start = time.perf_counter()
+    assert torch.equal(fid.load_features("toy", SHARED).head.weight, net.head.weight) and time.perf_counter() - start < 5      # kept
+
+
+def test_toy_report():
+    """python fid.py without arguments, on a stand-in run: training images as samples, an untrained tokenizer."""
+    with tempfile.TemporaryDirectory() as out, mock.patch.dict(tokenizer.Shapes.lengths, val=1000):
+        toy_out(out)
+        train = tokenizer.Shapes("train", 32, cache=SHARED)
+        write_images(f"{out}/samples", train.images[-200:].transpose(0, 2, 3, 1))
+        first = run_fid(f"--out={out}")[0]["rows"]
+        assert first.keys() == {"held_out", "real", "samples"} and first["samples"]["agreement"] is None
+        labels = train.targets()[-200:]
+        labels[:20] = (labels[:20] + 1) % 10
+        Path(f"{out}/samples/labels.json").write_text(json.dumps(labels.tolist()))
+        config = dict(resolution=32, downsample=8, z_dim=4, decoder_kind="ldm", encoder=dict(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1),
+                      decoder=dict(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1))
+        model = tokenizer.Tokenizer(**config)
+        tokenizer.save_checkpoint(f"{out}/tokenizer.pt", kind="tokenizer", arch=model.arch, model=model.state_dict(), ema={})
+        tokenizer.save_checkpoint(f"{out}/diffusion.pt", kind="diffusion", latent_mean=torch.zeros(4), latent_std=torch.ones(4))
+        result, text = run_fid(f"--out={out}")
+        rows = result["rows"]
+        assert rows["held_out"]["agreement"] > 0.97 and abs(rows["samples"]["agreement"] - 0.9) < 0.03
+        assert rows["samples"]["fd"] < 3 * rows["real"]["fd"] and rows["samples"]["fd"] < rows["untrained"]["fd"] / 4
+        assert rows["reconstructions"]["psnr"] < 20 and rows["samples_to_reconstructions"]["fd"] > rows["samples"]["fd"]
+        assert all(row["label"] in text for row in rows.values()) and "not comparable with numbers on Inception's" in text
+        named = {path.name: int(label) for path, label in zip(sorted(Path(f"{out}/samples").glob("*.png")), labels)}
+        Path(f"{out}/samples/labels.json").write_text(json.dumps(dict(reversed(named.items()))))
+        assert run_fid(f"--out={out}")[0]["rows"]["samples"] == rows["samples"]
+        Path(f"{out}/samples/labels.json").write_text("[1, 2]")
+        raises("has 2 labels for 200 images", run_fid, f"--out={out}")
+        os.remove(f"{out}/samples/labels.json")
+        tokenizer.save_checkpoint(f"{out}/diffusion.pt", kind="diffusion", config=dict(data="CIFAR10"))
+        raises("made from --data=CIFAR10, not from the toy's; give the reference", run_fid, f"--out={out}")
+
+
+# -----------------------------------------------------------------------------
+# align.py
+
+@contextlib.contextmanager
+def small_world(methods=("vfmvae",), reg=False):
+    """A folder like out/ after tokenizer.py and diffusion.py, with random weights and a few hundred shapes; the judge has random weights, too."""
+    import fid
+    lengths, load_features, threads = Shapes.lengths, align.load_features, torch.get_num_threads()
+    Shapes.lengths = dict(train=320, val=200)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            torch.manual_seed(0)
+            judge = fid.Classifier().requires_grad_(False).eval()
+            align.load_features = lambda name, out, device: judge
+            for name in tokenizer.TOY_VFMS:
+                tokenizer.save_checkpoint(f"{folder}/vfm-{name}.pt", kind="vfm", name=name, model=tokenizer.ViT(**tokenizer.TOY_VIT).state_dict())
+            (Path(folder) / "classifier.pt").touch()             # what the study's other processes wait for
+            for method in methods:
+                sub = folder if len(methods) == 1 else f"{folder}/{method}"
+                cfg = tokenizer.Config(method=method, out=folder, widths=(16, 16, 16, 16), fuse_dims=(16, 16), level_dim=16, w_dim=16, post_factor=2, z_dim=4, decoder="vfmvae")
+                net, _ = tokenizer.build_tokenizer(cfg)
+                tokenizer.save_checkpoint(f"{sub}/tokenizer.pt", kind="tokenizer", config=dataclasses.asdict(cfg), arch=net.arch, model=net.state_dict(), ema={}, gan=None,
+                                          stage=1, images=3200, classes=Shapes.classes)
+                save_dit(sub, "diffusion.pt", "reg" if reg else "none")
+            yield folder
+        finally:
+            Shapes.lengths, align.load_features = lengths, load_features
+            torch.set_num_threads(threads)
+
+
+def save_dit(folder, name, kind, step=3):
+    cfg = diffusion.Config(out=str(folder), compile=0, align=kind, hidden_size=32, num_heads=2, depth=3, projector_dim=16, warmup=0)
+    arch = diffusion.model_arch(cfg, 4, 4, 10, 128 if kind != "none" else 0)
+    model, _, ema, optimizer = diffusion.build(cfg, tokenizer.init_world(), arch)
+    for p in model.parameters():                                 # away from the zeros of adaLN-zero, where blocks do nothing
+        p.data.add_(torch.randn_like(p) * 0.02)
+    ema.load_state_dict(model.state_dict())
+    tokenizer.save_checkpoint(f"{folder}/{name}", kind="diffusion", config=dataclasses.asdict(cfg), arch=arch, **diffusion.full_state(model, ema, optimizer), step=step, images=0,
+                              latent_mean=torch.zeros(4), latent_std=torch.ones(4) * 0.5, latents="", tokenizer=f"{folder}/tokenizer.pt", classes=Shapes.classes, image_size=32)
+    return f"{folder}/{name}"
+
+
+def run_align(*argv):
+    """align.py's command line, in this process -> what it prints."""
+    out, saved = io.StringIO(), sys.argv
+    sys.argv = ["align.py", *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+            align.run()
+    finally:
+        sys.argv = saved
+    return out.getvalue()
+
+
+def refused(*argv):
+    try:
+        run_align(*argv)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    raise AssertionError(f"{argv} was not refused")
+
+
+def test_cknna_golden():
+    g = golden("cknna")
+    n, (da, db) = g["n"], g["dims"]
+    base = noise(n * 6, "base").reshape(n, 6)
+    mixed = lambda key, d: (base @ noise(6 * d, key).reshape(6, d) + 0.3 * noise(n * d, "e" + key).reshape(n, d)).float()
+    A, B, C = map(align.prepare, (mixed("A", da), mixed("B", db), noise(n * db, "C").reshape(n, db).float()))
+    for k in (5, 10, 20):
+        for name, other in (("B", B), ("C", C)):
+            np.testing.assert_allclose(align.cknna(A, other, k), g["expect"][f"cknna_A_{name}_k{k}"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(align.cknna(A, B, n - 1), g["expect"]["cka_unbiased_A_B"], rtol=1e-5)       # every mask full: unbiased CKA
+    np.testing.assert_allclose(align.cknna(A, A), 1, rtol=1e-3)
+
+
+def test_transformations_depend_on_seed_and_index():
+    torch.manual_seed(0)
+    images = torch.rand(12, 3, 32, 32) * 2 - 1
+    index = np.arange(100, 112)
+
+    def full(rows, seed=0):
+        """condition -> {index: transformed image}"""
+        found = {}
+        for condition, parts in align.transformed(images[rows], index[rows], [1.0, 0.5, 0.25], seed):
+            found[condition] = {int(index[rows][int(i)]): image for at, part in parts for i, image in zip(at, part)}
+        return found
+
+    whole, some, other = full(np.arange(12)), full(np.array([7, 2, 9])), full(np.arange(12), seed=1)
+    assert list(whole) == list(align.CONDITIONS)
+    for condition in whole:
+        assert len(whole[condition]) == 12
+        assert all(torch.equal(whole[condition][i], image) for i, image in some[condition].items()), condition      # whatever the batch
+        same = [i for i in whole[condition] if whole[condition][i].shape == other[condition][i].shape and torch.equal(whole[condition][i], other[condition][i])]
+        assert len(same) == 12 if condition == "clean" else len(same) < 6
+    assert {image.shape[-1] for image in whole["equivariance"].values()} == {32, 16, 8}
+    for condition, std in zip(align.CONDITIONS[2:], align.NOISES):
+        moved = torch.stack([whole[condition][i] for i in index])
+        inside = images.abs() < 0.2                              # where clipping does nothing
+        assert abs((moved - images)[inside].std() / (2 * std) - 1) < 0.05 and moved.abs().max() <= 1
+
+
+def test_block_features():
+    torch.manual_seed(0)
+    for cls_dim in (0, 6):
+        dit = diffusion.DiT(4, 8, hidden_size=32, depth=3, num_heads=2, num_classes=10, cls_dim=cls_dim).eval()
+        for p in dit.parameters():
+            p.data.add_(torch.randn_like(p) * 0.05)
+        z, cls = torch.randn(5, 8, 4, 4), [torch.randn(5, cls_dim)] * bool(cls_dim)
+        with torch.no_grad():
+            before = dit(z, torch.full((5,), 0.5), torch.full((5,), 10), *cls)
+            found = align.block_features(dit, z, *cls)
+            assert [f.shape for f in found] == [(5, 32)] * 3
+            last = []                                            # the last block's output is what the final layer reads
+            hook = dit.final_layer.register_forward_pre_hook(lambda module, inputs: last.append(inputs[0]))
+            dit(z, torch.full((5,), 0.5), torch.full((5,), 10), *cls)
+            hook.remove()
+            torch.testing.assert_close(found[-1], last[0][:, bool(cls_dim):].mean(1))
+            small = align.block_features(dit, z[..., :2, :2], *cls)          # the corner of the position tables
+            assert small[0].shape == (5, 32) and not dit.blocks[0]._forward_hooks
+            corner = diffusion.DiT(2, 8, hidden_size=32, depth=3, num_heads=2, num_classes=10, cls_dim=cls_dim).eval()
+            corner.load_state_dict(dit.state_dict())
+            torch.testing.assert_close(small[2], align.block_features(corner, z[..., :2, :2], *cls)[2])
+            after = dit(z, torch.full((5,), 0.5), torch.full((5,), 10), *cls)
+        torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_linear_probe():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (600,), generator=g)
+    centres = torch.randn(5, 16, generator=g) * 3
+    assert align.linear_probe(centres[labels] + torch.randn(600, 16, generator=g), labels) > 0.97
+    chance = align.linear_probe(torch.randn(600, 16, generator=g), labels)
+    assert 0.1 < chance < 0.32
+    assert align.linear_probe(torch.cat([torch.randn(600, 16, generator=g), torch.zeros(600, 1)], 1), labels) < 0.32      # a dead channel does no harm
+
+
+def test_chart():
+    from PIL import Image
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "chart.png"
+        align.chart(path, [dict(title=t, x="x", y="y", series={"a": ([0, 1, 2], [0.1, 0.4, 0.2], [0.1, 0.1, 0.1]), "b": ([0, 1], [0.3, 0.3], None)}) for t in "pq"])
+        image = np.array(Image.open(path).convert("RGB")).reshape(-1, 3).astype(int)
+        for colour in ([0x1f, 0x77, 0xb4], [0xff, 0x7f, 0x0e]):                  # both series are there
+            assert (np.abs(image - colour).max(1) < 30).sum() > 100
+        assert os.listdir(folder) == ["chart.png"]
+        align.chart(path, [dict(title="one point", x="x", y="y", series={"a": ([0], [0.5], None)})])
+    assert align.ticks(0, 1) == [0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0] and align.ticks(0, 2000)[-1] == 2000 and align.ticks(3, 3)[0] <= 3
+
+
+def test_align_measures():
+    with small_world(("vfmvae", "vae"), reg=True) as folder:
+        later = save_dit(f"{folder}/vfmvae", "later.pt", "repa", step=9)
+        printed = run_align("--out", folder, f"{folder}/vfmvae/diffusion.pt", "--images=60", f"{folder}/vae/tokenizer.pt", later, "--reference=toy-blind")
+        found = json.loads((Path(folder) / "align.json").read_text())
+        parts = [(row["name"], row["part"]) for row in found["rows"] if row["vfm"] == "toy"]
+        assert len(parts) == len(set(parts)) == 2 + 2 * 3 and len(found["rows"]) == 2 * len(parts)             # two tokenizers, two DiTs of three blocks, two VFMs
+        for row in found["rows"]:
+            assert abs(row["SE-CKNNA"] - np.mean([row[c] for c in align.CONDITIONS])) < 1e-9 and 0 <= row["probe"] <= 1
+            assert all(math.isfinite(row[c]) for c in align.CONDITIONS)
+        assert found["scales"] == [1, 0.75, 0.5, 0.25] and f"{folder}/vae/tokenizer.pt latents" in printed and (Path(folder) / "align.png").stat().st_size > 1000
+        # the first row again, the long way round
+        net, vfm = tokenizer.load_tokenizer(f"{folder}/vfmvae/tokenizer.pt"), tokenizer.load_vfm("toy", folder)
+        data = Shapes("val")
+        index = np.linspace(0, 199, 60).astype(int)
+        x = tokenizer.to_float(torch.stack([data[i][0] for i in index]))
+        with torch.no_grad():
+            want = align.cknna(align.prepare(net.encode(x)[0].mean((2, 3))), align.prepare(vfm(x)[0].mean(1)))
+        row = next(r for r in found["rows"] if r["part"] == "latents" and r["vfm"] == "toy" and "vfmvae" in r["name"])
+        np.testing.assert_allclose(row["clean"], want, rtol=1e-3, atol=1e-5)
+        printed = run_align("--out", folder, f"{folder}/vfmvae/tokenizer.pt", "--images=20", "--image_size=48")    # 48 / 4 and 48 * 3/4 are off the grid of 8
+        assert "0.75, 0.25 do not fit" in printed, printed
+
+
+def joint_trainer(folder, side, reg=False):
+    """A JointTrainer of the small world's two models, and the gradients that one step leaves in the tokenizer and in the DiT."""
+    captured = {}
+
+    class Stop(Exception):
+        pass
+
+    def capture(trainer, loader, step, images):
+        captured["trainer"] = trainer
+        captured["batch"] = next(loader)
+        raise Stop
+
+    whole, align.JointTrainer.joint_step = align.JointTrainer.joint_step, capture
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            align.train(align.Config(out=folder, steps=1, side=side, batch_size=8, compile=False), [f"{folder}/diffusion.pt"], tokenizer.init_world())
+    except Stop:
+        pass
+    finally:
+        align.JointTrainer.joint_step = whole
+    return captured["trainer"], captured["batch"]
+
+
+def gradients(trainer, batch, repa, step=0):
+    """{name: gradient} of one generator step with a REPA weight of `repa` on both sides."""
+    state = copy.deepcopy(trainer.normalise.state_dict())
+    trainer.dit_cfg, trainer.joint = dataclasses.replace(trainer.dit_cfg, repa_weight=repa), dataclasses.replace(trainer.joint, tokenizer_weight=repa)
+    tokenizer.seed_step(0, step)
+    list(zip([0], trainer.batches(iter([batch]))))
+    trainer.generator_step(tokenizer.to_float(batch[0]), step, 0)
+    trainer.normalise.load_state_dict(state)
+    found = {f"{prefix}.{name}": p.grad.clone() for prefix, net in (("tok", trainer.tokenizer), ("dit", trainer.dit)) for name, p in net.named_parameters() if p.grad is not None}
+    trainer.tokenizer.zero_grad()
+    trainer.dit.zero_grad()
+    return found
+
+
+def test_joint_gradients_reach_their_side_only():
+    for reg in (False, True):
+        with small_world(reg=reg) as folder:
+            for side in align.SIDES:
+                trainer, batch = joint_trainer(folder, side)
+                a, b = gradients(trainer, batch, 0.0), gradients(trainer, batch, 5.0)
+                moved = lambda *prefixes: {name for name in b if name.startswith(prefixes) and (name not in a or not torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-9))}
+                early = [f"dit.blocks.{i}." for i in range(trainer.dit.encoder_depth)]
+                assert bool(moved("tok.adapter.")) == (side in ("tokenizer", "both")), side
+                assert bool(moved(*early)) == (side in ("diffusion", "both")), side
+                assert moved("dit.projectors.") or not trainer.heads
+                assert not moved("tok.decoder.") and not moved("dit.blocks.2.", "dit.final_layer."), side
+                assert any(name.startswith("dit.final_layer.") for name in a)            # the velocity loss does reach the diffusion model ...
+                # ... and never the tokenizer: with REPA's weight at zero its gradients are those of its Trainer alone
+                with torch.no_grad():
+                    for p in trainer.dit.final_layer.parameters():
+                        p.mul_(7).add_(0.3)
+                c = gradients(trainer, batch, 0.0)
+                assert all(torch.equal(a[name], c[name]) for name in a if name.startswith("tok."))
+                assert not torch.equal(a["dit.final_layer.linear.weight"], c["dit.final_layer.linear.weight"])
+
+
+def test_joint_alignment_gradient_is_exact():
+    """What reaches the latents is the gradient of weight x REPA, through the batch's statistics, at the step's own t and noise."""
+    with small_world() as folder:
+        trainer, batch = joint_trainer(folder, "tokenizer")
+        z = torch.randn(8, 4, 4, 4, requires_grad=True)
+        images = tokenizer.to_float(batch[0])
+        trainer.images, trainer.labels = batch
+        trainer.stage = dataclasses.replace(trainer.stage, kl=0.0, vf=0.0)
+        torch.manual_seed(5)
+        _, fixed, _ = trainer.latent_losses(images, z, z.detach(), 0 * z.detach(), None)
+        got, = torch.autograd.grad(fixed, z)
+        torch.manual_seed(5)
+        torch.rand(8)                                            # class dropout
+        t, eps = torch.randn(8).sigmoid(), torch.randn(8, 4, 4, 4)
+        torch.manual_seed(5)
+        y = torch.where(torch.rand(8) < 0.1, 10, batch[1])
+        centred = z - z.mean((0, 2, 3), keepdim=True)
+        normal = centred / centred.square().mean((0, 2, 3), keepdim=True).sqrt()
+        tokens = diffusion.vfm_tokens(trainer.align_vfm, images, 4)
+        repa = diffusion.flow_losses(trainer.dit, normal, y, t, eps, tokens)["repa"].mean()
+        want, = torch.autograd.grad(1.5 * repa, z)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
+
+
+def test_joint_training_resumes_bit_for_bit():
+    with small_world(reg=True) as folder:
+        options = ["--steps=4", "--batch_size=8", "--images=20", "--side=both", "--compile=0", "--log_interval=2", "--reference="]
+        printed = run_align(f"--out={folder}", *options)
+        assert printed.count("latents") == 2                     # before and after
+        joint = Path(folder) / "joint-both"
+        load = lambda: [torch.load(joint / f"{name}.pt", weights_only=True) for name in ("tokenizer", "diffusion")]
+        whole = load()
+        assert whole[0]["pair"] == whole[1]["pair"] == diffusion.fingerprint(tokenizer.load_tokenizer(joint / "tokenizer.pt"))
+        assert whole[0]["step"] == whole[1]["step"] == 4 and whole[0]["images"] == 3232
+        begin = torch.load(f"{folder}/tokenizer.pt", weights_only=True)["model"]
+        changed = [name for name in begin if not torch.equal(begin[name], whole[0]["model"][name])]
+        assert any(n.startswith("adapter.") for n in changed) and any(n.startswith("decoder.") for n in changed) and not any(n.startswith("vfm.") for n in changed)
+        assert not torch.equal(whole[1]["latent_mean"], torch.zeros(4))
+        for path in joint.iterdir():
+            path.unlink()
+        run_align(f"--out={folder}", *options, "--steps=2")
+        run_align(f"--out={folder}", *options)                   # goes on
+
+        def same(a, b, at=""):
+            if isinstance(a, dict):
+                assert a.keys() == b.keys(), at
+                [same(a[key], b[key], f"{at}.{key}") for key in a]
+            elif isinstance(a, (list, tuple)):
+                assert len(a) == len(b), at
+                [same(x, y, f"{at}[]") for x, y in zip(a, b)]
+            else:
+                assert torch.equal(a, b) if torch.is_tensor(a) else a == b, at
+        same(whole, load())
+        # a kill between the two renames: the second one is made up for; a kill before both files were written: the old pair stays
+        os.replace(joint / "diffusion.pt", joint / "diffusion.next.pt")
+        align.finish_pair(joint)
+        same(whole, load())
+        (joint / "tokenizer.next.pt").write_bytes(b"of a later step")
+        align.finish_pair(joint)
+        same(whole, load())
+        assert not list(joint.glob("*.next.pt"))
+        # files of different steps are not measured as a pair; another run's are not gone on with
+        entries = torch.load(joint / "tokenizer.pt", weights_only=True)
+        entries["ema"] = {name: value + 1 for name, value in entries["ema"].items()}
+        torch.save(entries, joint / "tokenizer.pt")
+        assert "different steps" in refused(f"--out={folder}", joint / "diffusion.pt", "--images=20")
+        assert "another run" in refused(f"--out={folder}", *options, "--seed=1")
+
+
+def test_joint_training_of_every_method():
+    """Each tokenizer's own losses beside a plain diffusion model, which gets a projection; accumulation; the equivariance regularisation's small latents."""
+    for method, side in (("vfmvae", "tokenizer"), ("aligntok", "both"), ("vavae", "diffusion"), ("vae", "none")):
+        with small_world((method,)) as folder:
+            run_align(f"--out={folder}", "--steps=4", "--batch_size=8", "--accumulate=2", "--images=20", f"--side={side}", "--compile=0", "--log_interval=1", "--seed=3")
+            logged = [json.loads(line) for line in (Path(folder) / f"joint-{side}" / "log.jsonl").read_text().splitlines()]
+            assert len(logged) == 4 and all(math.isfinite(line["velocity"]) and ("repa" in line) == (side != "none") for line in logged)
+            arch = diffusion.load_diffusion(f"{folder}/joint-{side}/diffusion.pt").about["arch"]
+            assert bool(arch["z_dim"]) == (side != "none")
+    kinds = [tokenizer.draw_equivariance(3, step, 4, 2)[0] for step in range(4)]
+    assert "image" in kinds, kinds
+
+
+def test_study():
+    from scipy.stats import spearmanr
+    with small_world() as folder:
+        options = [f"--out={folder}", "--study=1", "--study_methods=vae-8,vfmvae", "--study_seeds=2", "--study_kimg=0.128", "--study_steps=3", "--study_points=1,3",
+                   "--study_images=96", "--study_samples=24", "--study_sampling=3", "--encode_batch=24"]
+        sizes, methods = dict(diffusion.SIZES), {name: dict(method) for name, method in align.METHODS.items()}
+        diffusion.SIZES["toy"] = (2, 32, 2)
+        for method in align.METHODS.values():
+            method.update(widths=(16, 16, 16, 16), fuse_dims=(16, 16), level_dim=16, w_dim=16, post_factor=2, ch_mult=(1, 1, 1, 1))
+        try:
+            printed = run_align(*options)
+            study = Path(folder) / "study"
+            runs = sorted(study.glob("*/result.json"))
+            assert [path.parent.name for path in runs] == ["vae-8-0", "vae-8-1", "vfmvae-0", "vfmvae-1"]
+            results = json.loads((study / "results.json").read_text())
+            table = (study / "table.md").read_text()
+            assert table in printed and "4 of 4 runs" in table and (study / "study.png").stat().st_size > 1000
+            for r in results["runs"]:
+                assert [p["step"] for p in r["points"]["none"]] == [1, 3] and r["points"].keys() == {"none", "repa"}
+                assert all(math.isfinite(v) for points in r["points"].values() for p in points for v in p.values())
+                assert {(row["name"], row["part"]) for row in r["alignment"]} == {(r["method"], "latents"), *((a, f"block {i}") for a in ("none", "repa") for i in (1, 2))}
+            rho = spearmanr([r["PSNR"] for r in results["runs"]], [r["points"]["repa"][-1]["gFD"] for r in results["runs"]])[0]
+            assert abs(results["spearman"]["repa"]["gFD"]["PSNR"] - rho) < 1e-12
+            psnrs = [r["PSNR"] for r in results["runs"] if r["method"] == "vfmvae"]
+            row = next(line for line in table.splitlines() if line.startswith("| vfmvae | "))
+            assert f"| {np.mean(psnrs):.2f} ± {np.std(psnrs, ddof=1):.2f} |" in row
+            # one run is lost: it alone is made again, and comes out the same
+            before, times = json.loads(runs[2].read_text()), [path.stat().st_mtime_ns for path in runs]
+            runs[2].unlink()
+            run_align(*options)
+            after = json.loads(runs[2].read_text())
+            assert {k: v for k, v in before.items() if k != "seconds"} == {k: v for k, v in after.items() if k != "seconds"}
+            assert [path.stat().st_mtime_ns == t for path, t in zip(runs, times)] == [True, True, False, True]
+            # torchrun's second process takes every second run and joins no group
+            for path in runs[:3]:
+                path.unlink()
+            with contextlib.ExitStack() as stack:
+                for key, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1").items():
+                    stack.callback(functools.partial(os.environ.pop, key, None))
+                    os.environ[key] = value
+                run_align(*options)
+                assert not torch.distributed.is_initialized()
+            assert [path.exists() for path in runs] == [False, False, True, True]      # vfmvae-0 is number 1 of the list, vfmvae-1 number 3
+            assert "other settings" in refused(*options, "--study_steps=4")
+        finally:
+            diffusion.SIZES.update(sizes)
+            align.METHODS.update(methods)
+
+
+def test_align_refuses():
+    with small_world() as folder:
+        assert "tokenizer.py first" in refused(f"--out={folder}/nowhere")
+        assert "no checkpoint" in refused(f"--out={folder}", "missing.pt")
+        assert "vfm checkpoint, not a tokenizer" in refused(f"--out={folder}", f"{folder}/vfm-toy.pt")
+        assert "no VFM nothing" in refused(f"--out={folder}", "--reference=nothing", "--images=20")
+        assert "one diffusion checkpoint" in refused(f"--out={folder}", "--steps=1", f"{folder}/tokenizer.pt")
+        assert "there are none, tokenizer" in refused(f"--out={folder}", "--steps=1", "--side=left")
+        assert "there are vae" in refused(f"--out={folder}", "--study=1", "--study_methods=vq")
+        assert "study_points" in refused(f"--out={folder}", "--study=1", "--study_points=2000")
+        assert "do not fit" in refused(f"--out={folder}", "--image_size=36", "--images=20")
 
 
 # -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ VFM-VAE is arXiv 2510.18457, AlignTok arXiv 2509.25162, VA-VAE arXiv 2501.01423,
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -76,25 +77,26 @@ class Config:
     ch: int = 32                         # LDM autoencoder: base channels
     ch_mult: tuple = (1, 2, 2, 4)        # ... and their multiples, fine to coarse
     # training
-    kimg: float = 48.0                   # thousands of images over all stages, shared out as in STAGES; 0: STAGES' own numbers
-    batch_size: int = 32                 # images a step, over all processes
+    kimg: float = 32.0                   # thousands of images over all stages, shared out as in STAGES; 0: STAGES' own numbers
+    batch_size: int = 16                 # images a step, over all processes
     accumulate: int = 1                  # micro-batches a step
-    lr_scale: float = 10.0               # times the learning rates of STAGES
+    lr_scale: float = 20.0               # times the learning rates of STAGES
+    cooldown: float = 0.4                # last share of the run over which the learning rates fall linearly to 0 (ours; the papers' are constant)
     beta1: float = 0.9                   # Adam's; negative: the stage's own
     vf_scale: float = 0.2                # times the VF weights of STAGES
     gan_scale: float = 0.0               # times the GAN weights of STAGES; 0: no GAN
-    lpips_scale: float = 0.02            # times the perceptual weights of STAGES
-    equivariance: bool = True            # VFM-VAE's equivariance regularisation, in the stages that have it
+    lpips_scale: float = 0.01            # times the perceptual weights of STAGES
+    equivariance: bool = False           # VFM-VAE's equivariance regularisation, in the stages that have it
     ema_kimg: float = 160.0              # half-life of the weights' moving average; at most 5% of the images seen
-    perceptual: str = "vfm"              # lpips, or vfm: the same distance on the toy VFM's features
+    perceptual: str = "toy"              # lpips, or the VFM on whose features its formula is used instead
     lpips_weights: str = ""              # VGG16 and LPIPS linear layers, comma-separated files; empty: fetch the public ones
     disc_vfm: str = "toy"                # the frozen ViT under the projected discriminator
     ndf: int = 16                        # PatchGAN's base channels
     seed: int = 0
     compile: bool = torch.cuda.is_available()   # torch.compile the networks
-    log_interval: int = 10               # steps
+    log_interval: int = 20               # steps
     grid_interval: int = 500             # steps between pictures of reconstructions
-    save_interval: int = 500             # steps between checkpoints
+    save_interval: int = 1000            # steps between checkpoints
     eval_images: int = 2000              # held-out images
 
 
@@ -102,7 +104,7 @@ PRESETS = dict(
     toy={},
     imagenet=dict(data="data/imagenet", image_size=256, crop=True, workers=12, vfm="", scale_factor=0.0, layers=(0, 12, -1), downsample=16, post_factor=16,
                   widths=(512, 512, 512, 512, 256, 128), fuse_dims=(512, 256, 128, 128), attention=(2, 2, 2), num_res_blocks=2, w_dim=512, ch=128,
-                  ch_mult=(1, 1, 2, 2, 4), kimg=0.0, batch_size=512, lr_scale=1.0, beta1=-1.0, vf_scale=1.0, gan_scale=1.0, lpips_scale=1.0, perceptual="lpips", disc_vfm="dino_vits16",
+                  ch_mult=(1, 1, 2, 2, 4), kimg=0.0, batch_size=512, lr_scale=1.0, equivariance=True, cooldown=0.0, beta1=-1.0, vf_scale=1.0, gan_scale=1.0, lpips_scale=1.0, perceptual="lpips", disc_vfm="dino_vits16",
                   ndf=64, log_interval=50, grid_interval=2000, save_interval=2000, eval_images=50_000))
 
 
@@ -254,6 +256,11 @@ def init_world():
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif sys.platform == "linux":        # glibc returns large blocks at every free: their page faults are a fifth of a toy step
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-1, 2 ** 31 - 1)         # M_TRIM_THRESHOLD
+            libc.mallopt(-3, 2 ** 25)             # M_MMAP_THRESHOLD
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return World(rank, size, device)
@@ -426,7 +433,7 @@ class Shapes(Dataset):
             return (value[:, None] * (1 - saturation[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))).astype(np.float32)[:, :, None, None]
 
         # background: a mixture of two tones of one hue, by texture
-        angle, frequency, phase = free[:, 0] * 2 * np.pi, 2 + 2 * free[:, 1], free[:, 2] * 2 * np.pi
+        angle, frequency, phase = free[:, 0] * 2 * np.pi, 1.5 + 1.5 * free[:, 1], free[:, 2] * 2 * np.pi
         along, across = px * np.cos(angle) + py * np.sin(angle), py * np.cos(angle) - px * np.sin(angle)
         step = lambda wave: np.clip(0.5 + 4 * wave, 0, 1)
         mixture = np.zeros((len(along), self.size, self.size), np.float32)
@@ -437,8 +444,8 @@ class Shapes(Dataset):
         for k, texture in enumerate(textures):
             i = np.flatnonzero(a["texture"] == k)
             mixture[i] = texture(i)
-        value = 0.3 + 0.25 * a["free"][:, 12]
-        dark, light = colour(a["ground"], 0.6 + 0 * value, value), colour(a["ground"], 0.45 + 0 * value, value + 0.3)
+        value = 0.3 + 0.3 * a["free"][:, 12]
+        dark, light = colour(a["ground"], 0.6 + 0 * value, value), colour(a["ground"], 0.5 + 0 * value, value + 0.18)
         ground = dark + (light - dark) * np.clip(mixture, 0, 1)[:, None]
 
         # foreground: signed distance in the object's frame
@@ -922,8 +929,8 @@ TOY_VIT = dict(image_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4,
 TOY_VFMS = {"toy": ("shape", "hue", "texture", "ground", "place", "size", "turn"), "toy-blind": ("hue", "texture", "ground", "place", "size", "turn")}
 
 
-def train_toy_vfm(name, out, images=128_000, batch=64, lr=1e-3):
-    """The checkpoint of a toy VFM; trains it, for about two minutes on two cores, where `out` has none (rank 0 does, the others wait)."""
+def train_toy_vfm(name, out, images=96_000, batch=64, lr=1e-3):
+    """The checkpoint of a toy VFM; trains it, for about a minute and a half on two cores, where `out` has none (rank 0 does, the others wait)."""
     path, world = Path(out) / f"vfm-{name}.pt", init_world()
     if world.rank == 0 and not path.exists():
         data = Shapes("train", TOY_VIT["image_size"], cache=out)
@@ -1384,7 +1391,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.arch = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         self.resolution, self.downsample, self.z_dim, self.layers, self.scale_factor = resolution, downsample, z_dim, tuple(layers), scale_factor
-        self.vfm = ViT(**vfm) if vfm else None
+        self.vfm = ViT(**vfm).eval() if vfm else None        # the toy's stem has BatchNorms: their statistics stay as they are, also while the VFM is trained
         if vfm and level_dims:
             folds = [max(1, round(downsample * scale_factor / self.vfm.patch_size))] * len(layers)
             self.adapter = LevelAdapter([self.vfm.level0_dim if i == 0 else self.vfm.embed_dim for i in layers], level_dims, folds, z_dim)
@@ -1497,6 +1504,7 @@ def load_tokenizer(path, **overrides):
     """A frozen Tokenizer in eval mode, EMA weights where there are any, from a checkpoint of ours, an official VFM-VAE ({"G_ema": ...} or
     a bare state dict) or a file in LDM's format (VA-VAE, SD-VAE; `state_dict` inside): told apart by their keys. What shapes do not show
     has the published model's value and can be overridden: num_heads (the VFM's), layers, scale_factor, resolution.
+    `tokenizer.about` holds what else a checkpoint of ours says (config, classes, images, stage).
     Raises UserError for a missing or damaged file, another kind of file, missing or left-over keys."""
     entries = load_weights(path)
     if not isinstance(entries, dict):
@@ -1517,7 +1525,9 @@ def load_tokenizer(path, **overrides):
             arch, state = from_ldm(state, **overrides)
         else:
             raise UserError(f"{path} is not a tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's (post_quant_conv.*)")
-    return load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
+    tokenizer = load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
+    tokenizer.about = {key: value for key, value in entries.items() if key in ("config", "classes", "images", "stage", "pair")} if "kind" in entries else {}
+    return tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -1590,7 +1600,7 @@ class LPIPS(nn.Module):
 
 
 class FeatureDistance(nn.Module):
-    """LPIPS's formula on a frozen ViT's tokens, unit weights: the toy's perceptual distance, where no VGG is at hand (ours)."""
+    """LPIPS's formula on a frozen ViT's tokens, averaged over its blocks: the toy's perceptual distance, where no VGG is at hand (ours)."""
 
     def __init__(self, vit):
         super().__init__()
@@ -1599,7 +1609,7 @@ class FeatureDistance(nn.Module):
     def forward(self, a, b):
         with torch.no_grad():
             target = self.vit(b, self.layers)
-        return sum((F.normalize(x.float(), dim=2) - F.normalize(y.float(), dim=2)).square().sum(2).mean(1) for x, y in zip(self.vit(a, self.layers), target))
+        return sum((F.normalize(x.float(), dim=2) - F.normalize(y.float(), dim=2)).square().sum(2).mean(1) for x, y in zip(self.vit(a, self.layers), target)) / len(target)
 
 
 def kl_loss(mean, logvar):
@@ -1817,7 +1827,14 @@ def average_gradients(parameters, world):
 
 
 def norm_of(tensors):
-    return torch.linalg.vector_norm(torch.stack([t.float().norm() for t in tensors]))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def average_weights(averages, module, images, batch, half_kimg):
+    """Moves the averages {name: tensor} of the weights that are being trained towards them; half-life in thousands of images, at most 5% of those seen."""
+    live = dict(module.named_parameters())
+    names = [name for name in averages if live[name].requires_grad]
+    torch._foreach_lerp_([averages[name] for name in names], [live[name].detach() for name in names], 1 - 0.5 ** (batch / min(half_kimg * 1000, 0.05 * images)))
 
 
 class Trainer:
@@ -1831,7 +1848,7 @@ class Trainer:
         self.cfg, self.tokenizer, self.world, self.target_vfm = cfg, tokenizer, world, vfm
         self.perceptual_net = None
         if any(stage.lpips for stage in STAGES[cfg.method]) and cfg.lpips_scale:
-            self.perceptual_net = (FeatureDistance(load_vfm("toy", cfg.out)) if cfg.perceptual == "vfm" else LPIPS(cfg.lpips_weights if pretrained else None)).to(world.device)
+            self.perceptual_net = (LPIPS(cfg.lpips_weights if pretrained else None) if cfg.perceptual == "lpips" else FeatureDistance(load_vfm(cfg.perceptual, cfg.out))).to(world.device)
         self.pretrained, self.anchor, self.gan, self.length_scale = pretrained, None, None, length_scale
         self.stamp = lambda part: None   # `bench` puts a stopwatch here
 
@@ -1860,6 +1877,13 @@ class Trainer:
             for module in (self.tokenizer.vfm, self.target_vfm, self.tokenizer.decoder, self.perceptual_net, self.gan.dino.vit if self.gan and self.gan.dino else None):
                 if module is not None:
                     module.compile(dynamic=False)
+
+    def set_lr(self, progress):
+        """The stage's learning rates, cooling down over the last share of the whole run, of which `progress` (0 to 1) is behind."""
+        factor = min(1, (1 - progress) / self.cfg.cooldown) if self.cfg.cooldown else 1
+        for optimizer in filter(None, (self.optimizer, self.gan_optimizer)):
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
     def encode(self, images):
         """-> mean, logvar, VFM features of these images (or None)."""
@@ -2031,12 +2055,25 @@ def describe(tokenizer):
             f"decoder {count(tokenizer.decoder):.2f} M")
 
 
+@torch.no_grad()
+def count_flops(tokenizer, size):
+    """Of one image's training step: the VFM forward, adapter and decoder forward and backward; losses and discriminators are left out."""
+    from torch.utils.flop_counter import FlopCounterMode
+    images, count = torch.zeros(1, 3, size, size, device=next(tokenizer.parameters()).device), []
+    for part in (lambda: tokenizer.features(images), lambda: tokenizer.decode(tokenizer.encode(images)[0])):
+        with FlopCounterMode(display=False) as counter:
+            part()
+        count.append(counter.get_total_flops())
+    return 3 * count[1] - 2 * count[0]
+
+
 def train(cfg, world):
     """All of `tokenizer.py`: builds or resumes, then the stages in turn; writes out/tokenizer.pt, out/log.jsonl and pictures in out/grids."""
     path = Path(cfg.out) / "tokenizer.pt"
     plan, length_scale = stage_plan(cfg)
     if cfg.stage and cfg.stage not in [number for number, *_ in plan]:
         raise UserError(f"--stage={cfg.stage}: {cfg.method} has the stages {', '.join(f'{number} ({stage.name})' for number, stage, *_ in plan)} with these weights")
+    end = plan[-1][3]
     plan = [row for row in plan if cfg.stage in (0, row[0])]
     data = Images(cfg.data, "train", cfg.image_size, cfg.data_dir, cfg.download, cfg.crop, cfg.flip, cfg.out)
     held_out = Images(cfg.data, "val", cfg.image_size, cfg.data_dir, cfg.download, cache=cfg.out)
@@ -2074,6 +2111,7 @@ def train(cfg, world):
         if entries:
             print(f"resuming {path} at {seen} images")
     log = Log(cfg.out, "tokenizer", world, plan[-1][3] // cfg.batch_size, seen // cfg.batch_size)
+    log.flops = count_flops(tokenizer, cfg.image_size) if world.device.type == "cuda" else None
     pictures = to_float(torch.stack([held_out[i][0] for i in range(min(16, len(held_out)))])).to(world.device)
 
     def save(number, images):
@@ -2093,22 +2131,19 @@ def train(cfg, world):
             if trainer.gan:
                 trainer.gan.load_state_dict(entries["gan"])
                 trainer.gan_optimizer.load_state_dict(entries["gan_optimizer"])
-        live = dict(tokenizer.named_parameters())
-        trained = [name for name in ema if live[name].requires_grad]
-        averages, weights = [ema[name] for name in trained], [live[name] for name in trained]
         sampler = StepSampler(len(data), cfg.batch_size, cfg.seed, seen // cfg.batch_size, last // cfg.batch_size, world, cfg.accumulate)
         batches = iter(make_loader(data, sampler, world, cfg.workers))
         if world.rank == 0:
             tqdm.write(f"stage {number}, {stage.name}: images {first} to {last}, trains {stage.trains}")
         for step in range(seen // cfg.batch_size, last // cfg.batch_size):
             seed_step(cfg.seed, step, world.rank)
+            trainer.set_lr(seen / end)
             losses = trainer.step((next(batches)[0] for _ in range(cfg.accumulate)), step, seen)
             seen += cfg.batch_size
-            half_life = min(cfg.ema_kimg * 1000, 0.05 * seen)
-            torch._foreach_lerp_(averages, [p.detach() for p in weights], 1 - 0.5 ** (cfg.batch_size / half_life))
+            average_weights(ema, tokenizer, seen, cfg.batch_size, cfg.ema_kimg)
             log.bar.update()
             if (step + 1) % cfg.log_interval == 0:
-                log.write(step + 1, seen, epoch=seen / len(data), stage=number, lr=stage.lr * cfg.lr_scale, **losses)
+                log.write(step + 1, seen, epoch=seen / len(data), stage=number, lr=trainer.optimizer.param_groups[-1]["lr"], **losses)
             if (step + 1) % cfg.grid_interval == 0 or seen == last:
                 if world.rank == 0:
                     with torch.no_grad(), world.autocast(), use_weights(tokenizer, ema):
