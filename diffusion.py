@@ -5,7 +5,7 @@ The diffusion transformer, its training by flow matching on cached latents, and 
     python diffusion.py --align=reg --arch=sit              # with REG's class token and REPA, the diffusion side of VFM-VAE's dual alignment
     python diffusion.py --preset=imagenet                   # LightningDiT-XL/1, 80 epochs; --preset=reg: SiT-XL/1 with REG
     torchrun --nproc_per_node=8 diffusion.py                # the same on eight GPUs; --fsdp=1 shards what does not fit on one
-    python diffusion.py --bench=1 --model=XL --batch_size=256       # step time, images a second, MFU, memory on random latents
+    python diffusion.py --bench=20 --model=XL --batch_size=256      # step time, images a second, MFU, memory on random latents
 
 LightningDiT is arXiv 2501.01423, SiT 2401.08740, REPA 2410.06940, REG 2507.01467, DiT 2212.09748.
 """
@@ -16,9 +16,7 @@ import math
 import os
 import re
 import shutil
-import statistics
 import sys
-import time
 import warnings
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -50,12 +48,12 @@ class Config:
     resume: bool = True               # go on from OUT/diffusion.pt if it is there
     seed: int = 0                     # of weights, data order, times, noises
     # data and its latents
-    tokenizer: str = ""               # checkpoint, ours or official [OUT/tokenizer.pt]
+    tokenizer: str = ""               # checkpoint, ours or official; empty: OUT/tokenizer.pt
     data: str = "shapes"              # shapes, a folder of class folders (or with train/ and val/), or a torchvision data set
     data_dir: str = "data"            # where torchvision's data sets lie
     download: bool = False            # fetch them
-    image_size: int = 0               # pixels [what the tokenizer was trained at]
-    latents: str = ""                 # folder of the latent cache [OUT/latents]
+    image_size: int = 0               # pixels; 0: what the tokenizer was trained at
+    latents: str = ""                 # folder of the latent cache; empty: OUT/latents
     cache_dtype: str = "bf16"         # bf16, fp16 or fp32
     cache_features: bool = True       # with --align: cache the VFM's tokens, too, instead of running it at every step
     sample_posterior: bool = False    # cache logvar, too, and train on samples of the posterior instead of its mean
@@ -64,9 +62,9 @@ class Config:
     workers: int = 0                  # data loading processes
     # model
     model: str = "toy"                # toy, B, L, XL, 1.0B, 1.6B
-    depth: int = 0                    # blocks [the model's]
-    hidden_size: int = 0              # width [the model's]
-    num_heads: int = 0                # [the model's]
+    depth: int = 0                    # blocks; 0: the model's
+    hidden_size: int = 0              # width; 0: the model's
+    num_heads: int = 0                # 0: the model's
     patch_size: int = 1               # latent positions to a side of a token
     arch: str = "lightningdit"        # lightningdit (RMSNorm, SwiGLU, rotary) or sit (LayerNorm, GELU)
     qk_norm: bool = False             # normalise queries and keys: for long runs
@@ -95,8 +93,8 @@ class Config:
     compile: bool = torch.cuda.is_available()   # torch.compile the model
     checkpointing: bool = False       # recompute blocks in the backward pass instead of keeping activations
     fsdp: bool = False                # FSDP2: shard weights, gradients and optimizer over the processes
-    bench: int = 0                    # 1: time training steps on random latents, write nothing
-    bench_latents: tuple = (32, 16, 16)     # their shape: f16 latents of a 256 px image
+    bench: int = 0                    # time this many training steps, and evaluations, on random latents, then stop
+    bench_latents: tuple = (32, 16, 16)         # their shape: f16 latents of a 256 px image
     # intervals, in steps
     log_interval: int = 50
     val_interval: int = 500
@@ -392,7 +390,7 @@ class Latents(Dataset):
 
     def read(self, index, mirror):
         """{name: rows, "labels": classes} of images `index` [B], of their mirror images where `mirror` [B] is 1."""
-        return dict(labels=self.labels[index], **{name: array[2 * index + mirror] for name, array in self.arrays.items()})
+        return dict(labels=self.labels[index], **{name: array.index_select(0, 2 * index + mirror) for name, array in self.arrays.items()})
 
     def __getitems__(self, items):       # the mirror image where Images(flip=True) gives it for the same key
         mirror = [np.random.default_rng(key).uniform() < 0.5 for _, key in items]
@@ -583,7 +581,7 @@ def build(cfg, world, arch, saved=None):
             dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if world.device.type == "cuda" else MixedPrecisionPolicy()
         for part in (*model.blocks, model, *ema.blocks, ema):
-            fully_shard(part, mp_policy=policy)
+            fully_shard(part, mp_policy=policy, reshard_after_forward=True)      # the root, too: the EMA has no backward pass to reshard it
     elif world.size > 1:
         parallel = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=0, fused=True)
@@ -627,17 +625,16 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
     return dict(totals, grad_norm=norm.full_tensor() if cfg.fsdp else norm)
 
 
-def prepare(batch, latents, device, tokens=None):
-    """Rows of the cache -> dict(latents: normalised, sampled where logvar is cached; labels; tokens) on the device, in float32."""
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+def prepare(batch, mean, std, tokens=None):
+    """Rows of the cache -> dict(latents: normalised, sampled where logvar is cached; labels; tokens) on the device of mean, std [C, 1, 1], in float32."""
+    batch = {name: value.to(mean.device, non_blocking=True) for name, value in batch.items()}
     z = batch["mean"].float()
     if "logvar" in batch:
         z = torch.addcmul(z, (0.5 * batch["logvar"].float()).exp(), torch.randn_like(z))
-    mean, std = (s.to(device, non_blocking=True).view(1, -1, 1, 1) for s in (latents.mean, latents.std))
     return dict(latents=(z - mean) / std, labels=batch["labels"], tokens=batch["features"].float() if "features" in batch else tokens)
 
 
-def training_batches(latents, sampler, world, cfg, images=None, vfm=None, grid=None):
+def training_batches(latents, mean, std, sampler, world, cfg, images=None, vfm=None, grid=None):
     """Prepared batches in the sampler's order; `images` (with flip=True) and `vfm`: tokens on the fly, of the same pictures."""
     loader = DataLoader(latents, batch_sampler=sampler, collate_fn=dict, num_workers=cfg.workers, pin_memory=world.device.type == "cuda")
     pictures = repeat((None, None)) if images is None else make_loader(images, sampler, world, cfg.workers)
@@ -647,15 +644,15 @@ def training_batches(latents, sampler, world, cfg, images=None, vfm=None, grid=N
             return vfm_tokens(vfm, to_float(picture.to(world.device, non_blocking=True)), grid)
 
     # zip asks for its iterators now: a loader draws a random number when it starts, which must not happen within a step
-    return (prepare(batch, latents, world.device, None if picture is None else tokens(picture)) for batch, (picture, _) in zip(loader, pictures))
+    return (prepare(batch, mean, std, None if picture is None else tokens(picture)) for batch, (picture, _) in zip(loader, pictures))
 
 
 @torch.no_grad()
-def validate(model, val, latents, world, batch):
+def validate(model, val, mean, std, world, batch):
     """Mean losses on held-out latents at times and noises that depend on the image's number alone: comparable between runs on the same latents."""
     mine, totals = torch.arange(len(val) // world.size * world.size)[world.rank::world.size], {}
     for index in mine.split(batch):
-        data, noise = prepare(val.read(index, 0 * index), latents, world.device), ImageNoise(0, index)
+        data, noise = prepare(val.read(index, 0 * index), mean, std), ImageNoise(0, index)
         t = (index.double() * 0.6180339887498949 % 1).float().to(world.device)       # golden ratio: even over [0, 1] in any run of images
         cls_noise = noise(data["tokens"][:, 0]) if model.cls_dim else None
         with world.autocast():
@@ -667,26 +664,14 @@ def validate(model, val, latents, world, batch):
 
 def bench(cfg, world):
     """Times training steps, and evaluations as in sampling, on random latents."""
+    from torch.utils.benchmark import Timer      # importing it warns where there is no CUDA
     dim = load_vfm(cfg.align_vfm, pretrained=False).embed_dim if cfg.align != "none" else 0
     model, parallel, ema, optimizer = build(cfg, world, model_arch(cfg, cfg.bench_latents[0], cfg.bench_latents[1], 1000, dim))
     n, cuda = cfg.batch_size // world.size // cfg.accumulate, world.device.type == "cuda"
     batch = dict(latents=torch.randn(n, *cfg.bench_latents, device=world.device), labels=torch.randint(1000, (n,), device=world.device),
                  tokens=torch.randn(n, 1 + model.pos_embed.shape[1] - bool(model.cls_dim), dim, device=world.device) if dim else None)
 
-    def seconds(f, warm=3, runs=10):
-        for _ in range(warm):
-            f()
-        durations = []
-        for _ in range(runs):
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            f()
-            if cuda:
-                torch.cuda.synchronize()
-            durations.append(time.perf_counter() - start)
-        return statistics.median(durations)
-
+    seconds = lambda f: Timer("f()", globals=dict(f=f), num_threads=torch.get_num_threads()).timeit(cfg.bench).mean        # after two calls to warm up
     step = seconds(lambda: train_step(model, parallel, ema, optimizer, [batch] * cfg.accumulate, cfg, world, 0))
     memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else "not measured on the CPU"
     model.eval()
@@ -729,17 +714,18 @@ def train(cfg, world):
     # data
     tokenizer = load_tokenizer(tokenizer_path).to(device)
     size = cfg.image_size or tokenizer.resolution
-    train, held_out = (Images(cfg.data, split, size, cfg.data_dir, cfg.download, flip=split == "train", cache=cfg.out) for split in ("train", "val"))
+    images, held_out = (Images(cfg.data, split, size, cfg.data_dir, cfg.download, flip=split == "train", cache=cfg.out) for split in ("train", "val"))
     side = size // tokenizer.downsample
-    vfm = load_vfm(cfg.align_vfm, out=cfg.out).to(device) if cfg.align != "none" else None
+    vfm, tokens_side = load_vfm(cfg.align_vfm, out=cfg.out).to(device) if cfg.align != "none" else None, side // cfg.patch_size
     if cfg.align == "reg" and vfm.cls_token is None:
         raise UserError(f"--align=reg needs a VFM with a class token; {cfg.align_vfm} has none (--align=repa does without)")
-    arch = model_arch(cfg, tokenizer.z_dim, side, len(train.classes), vfm.embed_dim if vfm else 0)
+    arch = model_arch(cfg, tokenizer.z_dim, side, len(images.classes), vfm.embed_dim if vfm else 0)
     folder, on_the_fly = Path(cfg.latents or out / "latents"), vfm is not None and not cfg.cache_features
-    keywords = dict(dtype=cfg.cache_dtype, posterior=cfg.sample_posterior, grid=side // cfg.patch_size, batch=cfg.encode_batch, workers=cfg.workers)
-    latents = cache_latents(folder / "train", tokenizer, train, world, vfm=None if on_the_fly else vfm, **keywords)
+    keywords = dict(dtype=cfg.cache_dtype, grid=tokens_side, batch=cfg.encode_batch, workers=cfg.workers)
+    latents = cache_latents(folder / "train", tokenizer, images, world, posterior=cfg.sample_posterior, vfm=None if on_the_fly else vfm, **keywords)
     some = np.linspace(0, len(held_out) - 1, min(cfg.val_images, len(held_out))).astype(int)
     val = cache_latents(folder / "val", tokenizer, held_out, world, some, vfm=vfm, **keywords)
+    mean, std = (s.view(-1, 1, 1).to(device) for s in (latents.mean, latents.std))
 
     # model, resumed if there is a checkpoint of the same run
     origin = latents.meta["arrays"]["mean"]["of"]
@@ -749,30 +735,30 @@ def train(cfg, world):
         then = dict(saved["arch"], latents=saved["latents"], batch_size=saved["config"]["batch_size"], seed=saved["config"]["seed"])
         if changed := [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]:
             raise UserError(f"{path} is another run's ({'; '.join(changed)}): repeat its flags to go on with it, --resume=0 to replace it, or give another --out")
-    start, steps = saved["step"] if saved else 0, round(cfg.epochs * len(train) / cfg.batch_size) or cfg.steps
+    start, steps = saved["step"] if saved else 0, round(cfg.epochs * len(images) / cfg.batch_size) or cfg.steps
     model, parallel, ema, optimizer = build(cfg, world, arch, saved)
     del saved
     if world.rank == 0:
         print(f"{cfg.model}/{cfg.patch_size} {cfg.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {steps:,} steps of {cfg.batch_size:,} = "
-              f"{steps * cfg.batch_size / len(train):.1f} epochs of {len(train):,} images" + (f"; going on from step {start:,}" if start else ""), flush=True)
+              f"{steps * cfg.batch_size / len(images):.1f} epochs of {len(images):,} images" + (f"; going on from step {start:,}" if start else ""), flush=True)
 
     def save(step):
         state = full_state(model, ema, optimizer)
         if world.rank == 0:
             save_checkpoint(path, kind="diffusion", config=asdict(cfg), arch=arch, **state, latent_mean=latents.mean, latent_std=latents.std, latents=origin,
-                            tokenizer=tokenizer_path, classes=list(train.classes), image_size=size, step=step, images=step * cfg.batch_size)
+                            tokenizer=tokenizer_path, classes=list(images.classes), image_size=size, step=step, images=step * cfg.batch_size)
 
     def grid(step):                      # sample.py imports this file: it is asked for only when a grid is due
         from sample import Config as Sampling, generate
-        columns = min(len(train.classes), 10)
+        columns = min(len(images.classes), 10)
         y = torch.arange(columns).repeat(4)
-        images = generate(ema, tokenizer, latents.mean, latents.std, range(len(y)), y, Sampling(seed=cfg.seed), world)
+        pictures = generate(ema, tokenizer, latents.mean, latents.std, range(len(y)), y, Sampling(seed=cfg.seed), world)
         if world.rank == 0:
-            save_grid(images, out / "grids" / f"diffusion-{step:07d}.png", columns, [train.classes[i] for i in y])
+            save_grid(pictures, out / "grids" / f"diffusion-{step:07d}.png", columns, [images.classes[i] for i in y])
 
     # loop
-    sampler = StepSampler(len(train), cfg.batch_size, cfg.seed, start, steps, world, cfg.accumulate)
-    batches = training_batches(latents, sampler, world, cfg, *((train, vfm, side // cfg.patch_size) if on_the_fly else ()))
+    sampler = StepSampler(len(images), cfg.batch_size, cfg.seed, start, steps, world, cfg.accumulate)
+    batches = training_batches(latents, mean, std, sampler, world, cfg, *((images, vfm, tokens_side) if on_the_fly else ()))
     log = Log(out, "diffusion", world, steps, start)
     log.flops = 3 * model.flops()        # a backward pass costs two forward ones
     for step in range(start, steps):
@@ -781,10 +767,10 @@ def train(cfg, world):
         due = lambda interval: done == steps or interval and done % interval == 0
         log.bar.update(1)
         if due(cfg.val_interval):
-            losses.update(validate(ema, val, latents, world, cfg.encode_batch))
-        if due(cfg.log_interval) or due(cfg.val_interval):
+            losses.update(validate(ema, val, mean, std, world, cfg.encode_batch))
+        if due(cfg.log_interval) or due(cfg.val_interval) or due(cfg.save_interval):         # nothing is saved that was not looked at
             losses = {name: world.mean(value.clone()) for name, value in losses.items()}
-            log.write(done, done * cfg.batch_size, lr=optimizer.param_groups[0]["lr"], epoch=done * cfg.batch_size / len(train), **losses)
+            log.write(done, done * cfg.batch_size, lr=optimizer.param_groups[0]["lr"], epoch=done * cfg.batch_size / len(images), **losses)
             if not math.isfinite(losses["loss"]):
                 raise UserError(f"the loss is {float(losses['loss'])} at step {done}: try a lower --lr, or --qk_norm=1; {path} is as it was")
         if cfg.sample_interval and due(cfg.sample_interval):

@@ -31,12 +31,12 @@ from tokenizer import (Images, UserError, center_crop, init_world, list_images, 
 class Config:
     preset: str = ""                  # toy, imagenet or reg; imagenet where there is CUDA and data/imagenet/train
     out: str = "out"                  # images go to OUT/samples
-    ckpt: str = ""                    # diffusion model, ours or official [OUT/diffusion.pt]
-    tokenizer: str = ""               # ours or official [the one that the checkpoint names]
+    ckpt: str = ""                    # diffusion model, ours or official; empty: OUT/diffusion.pt
+    tokenizer: str = ""               # ours or official; empty: the one that the checkpoint names
     latent_stats: str = ""            # {"mean", "std"} of the latents, for official checkpoints
-    num_heads: int = 0                # of an official checkpoint [the published model's]
+    num_heads: int = 0                # of an official checkpoint; 0: the published model's
     n: int = 1_000                    # images
-    classes: tuple = ()               # class numbers, in turn [all]
+    classes: tuple = ()               # class numbers, in turn; empty: all
     seed: int = 0
     batch_size: int = 64              # images to a batch and process
     # solver
@@ -56,7 +56,8 @@ class Config:
     threads: int = 4                  # that write PNGs
     # other jobs
     reconstruct: str = ""             # folder of images: write OUT/reconstructions, and OUT/originals as they were cropped
-    sweep: bool = False               # print the table of solvers, steps and scales
+    sweep: bool = False               # toy: print the table of solvers, numbers of steps and guidance scales, and write OUT/sweep.json
+    sweep_steps: tuple = (10, 20, 30, 50, 250)
 
 
 PRESETS = {"toy": {}, "imagenet": dict(n=50_000, batch_size=128, solver="euler", num_steps=250, cfg_scale=6.0, cfg_interval_start=0.125, cfg_channels=3,
@@ -141,7 +142,7 @@ def sde(model, noise, y, num_steps=250, cfg_scale=1.0, guidance_low=0.0, guidanc
     return state[0].float()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, rows=16):
     """Images [B, 3, H, W] in [-1, 1] of classes y [B]; image i depends on (cfg.seed, indices[i]) and its class, not on its batch. mean, std [C]:
     the latents'. At least `rows` are computed: BLAS rounds otherwise for a handful of rows than for many, and a compiled model wants one size."""
@@ -198,7 +199,7 @@ def load(cfg, world):
     overrides = dict(num_heads=cfg.num_heads) if cfg.num_heads else {}
     model, guide = load_diffusion(path, **overrides), load_diffusion(cfg.guide) if cfg.guide else None
     statistics = load_weights(cfg.latent_stats) if cfg.latent_stats else dict(mean=model.about.get("latent_mean"), std=model.about.get("latent_std"))
-    if not all(torch.is_tensor(statistics.get(key)) and statistics[key].numel() == model.in_channels for key in ("mean", "std")):
+    if not isinstance(statistics, dict) or not all(torch.is_tensor(statistics.get(key)) and statistics[key].numel() == model.in_channels for key in ("mean", "std")):
         where = f"{cfg.latent_stats} lacks" if cfg.latent_stats else f"{path} lacks, and --latent_stats=FILE does not give,"
         raise UserError(f"{where} the mean and std of the {model.in_channels} latent channels: the model lives in normalised latents, and without them the decoder "
                         "would be fed noise; the published latents_stats.pt has them")
@@ -243,32 +244,37 @@ def reconstruct(cfg, world):
 
 
 def sweep(cfg, world):
-    """Frechet distance in the toy classifier's features, to held-out images, and the share of images it recognises as their class."""
+    """Frechet distance to held-out images in the toy classifier's features, and the share of images that it takes for their class, by solver and
+    number of times at cfg's guidance scale, then by scale at cfg's solver; on one process."""
     import fid                           # here alone: sampling needs no metrics
+    if world.rank > 0:
+        return
     model, guide, tokenizer, mean, std = load(cfg, world)
-    extract, settings = fid.load_features("toy", cfg.out, world.device), model.about["config"]
-    real = Images(settings["data"], "val", model.about["image_size"], settings["data_dir"], cache=cfg.out)
-    moments = lambda features: (features.mean(0), np.cov(features, rowvar=False))
+    extract, trained = fid.load_features("toy", cfg.out, world.device), model.about["config"]
+    real = Images(trained["data"], "val", model.about["image_size"], trained["data_dir"], cache=cfg.out)
 
-    def describe(batches):
+    def look(batches):
         features, _, logits = zip(*(extract(batch) for batch in batches))
-        return moments(torch.cat(features).double().cpu().numpy()), torch.cat(logits).argmax(1).cpu()
+        features = torch.cat(features).double().cpu().numpy()
+        return (features.mean(0), np.cov(features, rowvar=False)), torch.cat(logits).argmax(1).cpu()
 
-    reference, _ = describe(torch.stack([real[i][0] for i in range(a, min(a + 500, len(real)))]) for a in range(0, min(len(real), 5_000), 500))
+    reference, _ = look(torch.stack([real[int(i)][0] for i in part]).to(world.device) for part in torch.arange(min(len(real), 5_000)).split(500))
     y, rows = torch.arange(cfg.n) % model.num_classes, []
-    cells = [(solver, steps, cfg.cfg_scale) for solver in SOLVERS for steps in (10, 20, 30, 50, 250)]
+    cells = [(solver, steps, cfg.cfg_scale) for solver in SOLVERS for steps in cfg.sweep_steps]
     cells += [(cfg.solver, cfg.num_steps, scale) for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
     print("| solver | times | evaluations | guidance | FD | class accuracy |\n|---|---|---|---|---|---|")
-    for solver, steps, scale in cells:
-        setting = replace(cfg, solver=solver, num_steps=steps, cfg_scale=scale)
-        got, found = describe(to_uint8(generate(model, tokenizer, mean, std, part, y[part], setting, world, guide)) for part in torch.arange(cfg.n).split(cfg.batch_size))
+    for solver, steps, scale in dict.fromkeys(cells):
+        settings = replace(cfg, solver=solver, num_steps=steps, cfg_scale=scale)
+        moments, found = look(to_uint8(generate(model, tokenizer, mean, std, part, y[part], settings, world, guide)) for part in torch.arange(cfg.n).split(cfg.batch_size))
         rows.append(dict(solver=solver, num_steps=steps, evaluations=(steps - 1) * (1 + (solver == "heun")), cfg_scale=scale,
-                         fd=fid.frechet_distance(*got, *reference), accuracy=(found == y).float().mean().item()))
+                         fd=fid.frechet_distance(*moments, *reference), accuracy=(found == y).float().mean().item()))
         print("| {solver} | {num_steps} | {evaluations} | {cfg_scale} | {fd:.2f} | {accuracy:.1%} |".format(**rows[-1]), flush=True)
     write_json(f"{cfg.out}/sweep.json", rows)
 
+
 def write_samples(cfg, world):
-    """OUT/samples/000000.png ..., labels.json (file name: class) and settings.json beside them; OUT/samples.png, the first 64 with their classes; OUT/samples.npz."""
+    """OUT/samples/000000.png and so on, labels.json (class by file name) and settings.json beside them; OUT/samples.png, the first 64 with their
+    classes; OUT/samples.npz. What is there already, of the same settings, stays."""
     if cfg.solver not in (*SOLVERS, "sde"):
         raise UserError(f"--solver={cfg.solver}: there are {', '.join(SOLVERS)}, sde")
     model, guide, tokenizer, mean, std = load(cfg, world)
@@ -301,11 +307,11 @@ def write_samples(cfg, world):
             net.forward = torch.compile(net.forward, fullgraph=True, dynamic=False)
     start, written = time.perf_counter(), []
     with ThreadPoolExecutor(cfg.threads) as pool:
-        bar = tqdm(total=len(todo), desc="samples", unit="image", disable=world.rank > 0, dynamic_ncols=True)
+        bar = tqdm(total=len(mine), desc="samples", unit="image", disable=world.rank > 0, dynamic_ncols=True)
         for part in (mine[k:k + cfg.batch_size] for k in range(0, len(mine), cfg.batch_size)):
             images = generate(model, tokenizer, mean, std, part, y[part], cfg, world, guide, cfg.batch_size if cfg.compile else 16)
             written += [pool.submit(write_png, paths[i], pixels) for i, pixels in zip(part, pixels_of(images))]      # while the next batch is made
-            bar.update(len(part) * world.size)
+            bar.update(len(part))
         for job in written:
             job.result()
         bar.close()

@@ -23,7 +23,6 @@ import tempfile
 import time
 import traceback
 import tracemalloc
-import zipfile
 import zlib
 from pathlib import Path
 from unittest import mock
@@ -803,6 +802,579 @@ class FakeFeatures:
 
     def __call__(self, images):
         return images.float().flatten(1)[:, ::300] / 255, None, None
+
+
+# -----------------------------------------------------------------------------
+# diffusion.py and sample.py
+
+TIGHT = dict(rtol=1e-5, atol=1e-5)       # looser ones let exact GELU and another eps pass
+
+
+def official_file(path, name, prefix=""):
+    """The reference's weights as its files are laid out; the position tables in them must not be used."""
+    weights = {prefix + key: value for key, value in fill(golden(name)).items()}
+    torch.save({"ema": weights, "model": {key: value + 1 for key, value in weights.items()}} if name == "lightningdit_tiny" else {"ema": weights}, path)
+    return path
+
+
+def golden_model(name, prefix="", **overrides):
+    """-> expectations, the model through load_diffusion, latent, noise."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = diffusion.load_diffusion(official_file(f"{folder}/official.pt", name, prefix), num_heads=4, **overrides)
+    return golden(name)["expect"], model, *((image(2, 8, 4, 4, key) - 0.5) * 3.4 for key in ("latent", "noise"))
+
+
+@torch.no_grad()
+def test_lightningdit_golden():
+    expect, model, x, noises = golden_model("lightningdit_tiny")
+    check(model.pos_embed, expect["pos_embed"], **TIGHT)
+    check(model.rope_cos.flatten(1).repeat_interleave(2, 1), expect["rope_cos"], **TIGHT)
+    check(model(x, torch.tensor([0.1, 0.73]), torch.tensor([3, 10])), expect["velocity"], **TIGHT)
+    y = torch.tensor([3, 1])
+    check(sample.guided(model, x, 0.5, y, cfg_scale=4.0, cfg_channels=3)[0], expect["cfg_velocity_t0p5_scale4"], **TIGHT)
+    losses = diffusion.flow_losses(model, x, y, torch.tensor([0.3, 0.8]), noises)
+    np.testing.assert_allclose(losses["velocity"], expect["mse"], **TIGHT)
+    np.testing.assert_allclose(losses["cosine"], expect["cos"], **TIGHT)
+    check(sample.ode(model, noises, y, num_steps=10, timestep_shift=0.3), expect["ode_euler_10_shift0p3_nocfg"], **TIGHT)
+    guided = sample.ode(model, noises, y, num_steps=10, cfg_scale=2.0, cfg_interval_start=0.125, timestep_shift=0.3, cfg_channels=3)
+    check(guided, expect["ode_euler_10_shift0p3_cfg2"], **TIGHT)
+
+
+@torch.no_grad()
+def test_reg_golden():
+    expect, model, x, noises = golden_model("reg_sit_tiny", prefix="module.", encoder_depth=2)
+    check(model.pos_embed, expect["pos_embed"], **TIGHT)
+    cls, cls_noise = ((image(2, 1, 1, 24, key).reshape(2, 24) - 0.5) * 3.4 for key in ("cls", "noisecls"))
+    t = torch.tensor([0.1, 0.73])        # the reference's, from data to noise
+    v, v_cls, projection = model(x, 1 - t, torch.tensor([3, 10]), cls)
+    check(-v, expect["velocity"], **TIGHT)
+    check(-v_cls, expect["cls_velocity"], **TIGHT)
+    check(projection, expect["projection"], **TIGHT)
+    check(sample.score(-v, x, t.view(2, 1, 1, 1)), expect["score_t"], **TIGHT)
+    for name, keywords in ("em_8_nocfg", {}), ("em_8_cfg2", dict(cfg_scale=2.0, cls_cfg_scale=2.0, guidance_low=0.0, guidance_high=0.8)):
+        calls = []
+
+        def draw(like):                  # asked for the latent and then the class token, at every step but the last, in float64
+            calls.append("latent" if like.dim() == 4 else "cls")
+            assert like.dtype == torch.float64
+            return (noise(like.numel(), f"step{calls.count(calls[-1]) - 1}_{calls[-1]}") * 1.7).reshape(like.shape)
+
+        check(sample.sde(model, noises, torch.tensor([3, 1]), num_steps=8, cls_noise=cls_noise, generator=draw, **keywords), expect[name], **TIGHT)
+        assert calls == ["latent", "cls"] * 7
+
+
+def test_load_diffusion():
+    with tempfile.TemporaryDirectory() as folder:
+        path, weights = f"{folder}/x.pt", fill(golden("lightningdit_tiny"))
+        args = torch.randn(2, 8, 4, 4), torch.rand(2), torch.tensor([1, 2])
+        outputs = []
+        for entries in ({"ema": weights}, {"model": weights}, weights, {"ema": {"module._orig_mod." + key: value for key, value in weights.items()}}, {"ema": {key: value.double() for key, value in weights.items()}}):
+            torch.save(entries, path)
+            with torch.no_grad():
+                outputs.append(diffusion.load_diffusion(path)(*args))        # with QK norm the head count shows
+        assert all(torch.equal(outputs[0], other) for other in outputs[1:]) and outputs[0].std() > 0.5
+        load = lambda entries: (torch.save(entries, path), diffusion.load_diffusion(path))[1]
+        fails(lambda: load({**weights, "blocks.0.attn.surplus": torch.zeros(1)}), "blocks.0.attn.surplus", "left over")
+        fails(lambda: load({key: value for key, value in weights.items() if key != "blocks.1.mlp.w12.bias"}), "blocks.1.mlp.w12.bias", "missing")
+        fails(lambda: load({"ema": {"conv.weight": torch.zeros(1)}}), path, "x_embedder.proj.weight")
+        fails(lambda: load(dict(kind="tokenizer", model={})), "tokenizer")
+        fails(lambda: diffusion.load_diffusion(f"{folder}/none.pt"), "none.pt")
+        sizes = dict(input_size=8, in_channels=3, patch_size=2, hidden_size=48, depth=2, num_heads=3, num_classes=5, arch="sit", mlp_hidden=40, z_dim=7, projector_dim=9, cls_dim=7)
+        model = diffusion.DiT(**sizes)
+        found = diffusion.official_arch({**model.state_dict(), "pos_embed": model.pos_embed})
+        assert {**found, "num_heads": 3} == dict(sizes, qk_norm=False)
+        torch.save([1, 2], path)
+        fails(lambda: diffusion.load_diffusion(path), "no diffusion transformer")
+
+
+def test_published_diffusion_sizes():
+    """Parameters of the published models: 675 M, with REG 685 M; B 130 M (DiT-B/1's size)."""
+    with torch.device("meta"):
+        millions = lambda **arch: sum(p.numel() for p in diffusion.DiT(**arch).parameters()) / 1e6
+        sizes = {name: dict(zip(("depth", "hidden_size", "num_heads"), size)) for name, size in diffusion.SIZES.items()}
+        assert abs(millions(**sizes["XL"]) - 675) < 2 and abs(millions(**sizes["XL"], arch="sit", cls_dim=768, z_dim=768, qk_norm=True) - 685) < 2
+        assert abs(millions(**sizes["B"]) - 130) < 3 and 950 < millions(**sizes["1.0B"]) < 1100 and 1500 < millions(**sizes["1.6B"]) < 1700
+
+
+def small_dit(arch="lightningdit", random=True, **arguments):
+    torch.manual_seed(0)
+    model = diffusion.DiT(**{**dict(input_size=4, in_channels=8, hidden_size=32, depth=3, num_heads=2, num_classes=10, arch=arch, projector_dim=16, encoder_depth=2), **arguments})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1 * random)
+    return model
+
+
+REG = dict(arch="sit", cls_dim=24, z_dim=24, qk_norm=True)
+REG_INPUT = torch.randn(3, 8, 4, 4), torch.rand(3), torch.tensor([1, 10, 2]), torch.randn(3, 24)
+
+
+def test_dit_starts_at_zero_and_learns_everywhere():
+    """adaLN-zero: the velocity starts at 0; after the first steps every parameter receives a gradient (but the unused rows of the table)."""
+    for arguments in ({}, dict(patch_size=2), REG):
+        model = small_dit(random=False, **arguments)
+        out = model(*REG_INPUT[:3 + bool(model.cls_dim)])
+        assert not (out[0] if model.cls_dim else out).any()
+        model = small_dit(**arguments)
+        out = model(*REG_INPUT[:3 + bool(model.cls_dim)])
+        sum(part.square().sum() for part in (out if model.cls_dim else [out])).backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_dit_compiles_whole():
+    """No graph break in the model, alone (sampling) or block by block (several processes): one graph serves all blocks; in bf16 autocast, too."""
+    from torch._dynamo.testing import CompileCounter
+    for arguments in ({}, REG):
+        for checkpointing in (False, True):
+            whole, blocks = small_dit(**arguments), small_dit(**arguments)
+            counters = CompileCounter(), CompileCounter()
+            whole.checkpointing = blocks.checkpointing = checkpointing
+            want = whole(*REG_INPUT[:3 + bool(whole.cls_dim)])
+            torch._dynamo.reset()
+            whole.forward = torch.compile(whole.forward, fullgraph=True, dynamic=False, backend=counters[0])
+            for block in blocks.blocks:
+                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=counters[1])
+            for model, counter in zip((whole, blocks), counters):
+                for _ in range(2):
+                    got = model(*REG_INPUT[:3 + bool(model.cls_dim)])
+                assert counter.frame_count == 1
+                torch.testing.assert_close(got, want)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = small_dit(**REG)(*REG_INPUT)
+    for a, b in zip(low, small_dit(**REG)(*REG_INPUT)):
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+def test_dit_flops():
+    from torch.utils.flop_counter import FlopCounterMode
+    for arguments in ({}, dict(patch_size=2), REG):
+        model = small_dit(**arguments)
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model(*(part[:1] for part in REG_INPUT[:3 + bool(model.cls_dim)]))
+        assert abs(model.flops() / counter.get_total_flops() - 1) < 2e-3
+
+
+# --- sampling ---
+
+class Growth:
+    """dx/dt = (1 + cos 3t) x, so x(1) = x(0) exp(1 + sin(3) / 3); it counts its calls."""
+    num_classes, calls = 10, 0
+
+    def __call__(self, x, t, y):
+        self.calls += 1
+        self.batches = getattr(self, "batches", []) + [len(x)]
+        return (1 + torch.cos(3 * t)).view(-1, 1, 1, 1) * x + 0 * y.view(-1, 1, 1, 1)
+
+
+def test_solvers_converge_with_their_order():
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    exact = math.exp(1 + math.sin(3) / 3)
+    for shift in (0.0, 0.3):             # unequal steps, too
+        for solver, order in ("euler", 1), ("heun", 2), ("ab2", 2):
+            errors = [abs(sample.ode(Growth(), x, torch.zeros(1).long(), steps + 1, solver=solver, timestep_shift=shift).item() - exact) for steps in (64, 128, 256)]
+            rates = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+            assert all(abs(rate - order) < 0.3 for rate in rates), (solver, shift, rates)
+    model = Growth()
+    sample.ode(model, x, torch.zeros(1).long(), 11, solver="heun")
+    assert model.calls == 20
+    fails(lambda: sample.ode(model, x, torch.zeros(1).long(), 10, solver="rk4"), "rk4", "heun")
+
+
+def test_sde_reaches_the_data():
+    """For Gaussian data N(m, s^2) the velocity is known: samples have that mean and deviation, for the ODE and the SDE."""
+    m, s = 0.7, 0.5
+
+    def velocity(x, t, y):               # E[x_1 - x_0 | x_t]
+        t = t.view(-1, 1, 1, 1).double()
+        variance = t ** 2 * s ** 2 + (1 - t) ** 2
+        return m + (t * s ** 2 - (1 - t)) / variance * (x - t * m)
+
+    start = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    for x in (sample.ode(velocity, start, torch.zeros(20_000).long(), 100), sample.sde(velocity, start, torch.zeros(20_000).long(), 250, generator=torch.Generator().manual_seed(1))):
+        assert abs(x.mean() - m) < 0.02 and abs(x.std() - s) < 0.02, (x.mean(), x.std())
+
+
+@torch.no_grad()
+def test_guidance():
+    """Both halves in one batch, the unconditional one inside the interval alone; autoguidance extrapolates from another model."""
+    x, y, model, guide = torch.randn(2, 8, 4, 4), torch.tensor([3, 1]), small_dit(), small_dit(depth=1)
+    counter = Growth()
+    sample.ode(counter, x.double(), y, 11, cfg_scale=2.0, cfg_interval_start=0.55)
+    assert counter.batches == [2] * 6 + [4] * 4
+    t = torch.full((2,), 0.4)
+    a, b, c = model(x, t, y), model(x, t, torch.tensor([10, 10])), guide(x, t, y)
+    torch.testing.assert_close(sample.guided(model, x, 0.4, y, cfg_scale=3.0)[0], b + 3 * (a - b))
+    torch.testing.assert_close(sample.guided(model, x, 0.4, y, cfg_scale=3.0, guide=guide)[0], c + 3 * (a - c))
+    model, cls = small_dit(**REG), torch.randn(2, 24)
+    (a, a_cls, _), (b, b_cls, _) = model(x, t, y, cls), model(x, t, torch.tensor([10, 10]), cls)
+    for scale, want in (0.0, a_cls), (2.0, b_cls + 2 * (a_cls - b_cls)):
+        v, v_cls = sample.guided(model, x, 0.4, y, cls, cfg_scale=3.0, cls_cfg_scale=scale)
+        torch.testing.assert_close(v, b + 3 * (a - b))
+        torch.testing.assert_close(v_cls, want)
+    z = sample.ode(model, x, y, 3, cls_noise=cls)                            # the class token moves along, and the latent with it
+    v, v_cls, _ = model(x, 0 * t, y, cls)
+    torch.testing.assert_close(z, x + v / 2 + model(x + v / 2, 0 * t + 0.5, y, cls + v_cls / 2)[0] / 2)
+    torch.testing.assert_close(sample.ode(model, x, y, 11, cls_noise=cls, solver="heun"), sample.ode(model, x, y, 201, cls_noise=cls), atol=0.05, rtol=0.05)
+
+
+# --- cache and training, with a tokenizer of random weights and a folder of 96 shapes ---
+
+TINY_LDM = dict(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attn_levels=())
+
+
+def tiny_tokenizer(path, seed=0):
+    torch.manual_seed(seed)
+    tok = tokenizer.Tokenizer(resolution=32, downsample=8, z_dim=4, encoder=TINY_LDM, decoder=TINY_LDM, decoder_kind="ldm", scale_factor=1.0)
+    tokenizer.save_checkpoint(path, kind="tokenizer", arch=tok.arch, model=tok.state_dict(), ema={})
+    return tokenizer.load_tokenizer(path)
+
+
+def diffusion_folder(folder):
+    """A place to work in: images in data/, a tokenizer in out/ -> a small diffusion.Config for it."""
+    shapes = tokenizer.Shapes("train", 32, 72)
+    for i in range(len(shapes)):
+        pixels, label = shapes[i]
+        path = Path(folder) / "data" / ("train" if i < 48 else "val") / f"{label}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    tiny_tokenizer(f"{folder}/out/tokenizer.pt")
+    return diffusion.Config(out=f"{folder}/out", data=f"{folder}/data", depth=2, hidden_size=32, num_heads=2, batch_size=16, encode_batch=16, steps=6, warmup=2, val_interval=3,
+                            log_interval=1, sample_interval=0, save_interval=3, compile=False, projector_dim=16, encoder_depth=1)
+
+
+def with_diffusion_folder(function):
+    def wrapped():
+        original, diffusion.load_vfm = diffusion.load_vfm, tiny_vfm
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                function(folder, diffusion_folder(folder))
+        finally:
+            diffusion.load_vfm = original
+    wrapped.__name__ = function.__name__
+    return wrapped
+
+
+def quiet(function, *arguments):
+    """Calls it -> what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        function(*arguments)
+    return out.getvalue()
+
+
+@with_diffusion_folder
+def test_latent_cache(folder, cfg):
+    tok, images = tokenizer.load_tokenizer(f"{folder}/out/tokenizer.pt"), tokenizer.Images(cfg.data, "train", 32)
+    make = lambda tok=tok, images=images, **keywords: diffusion.cache_latents(f"{folder}/cache", tok, images, WORLD, **{**dict(dtype="fp32", batch=20), **keywords})
+    vfm = tiny_vfm("toy")
+    latents = make(posterior=True, vfm=vfm, grid=4)
+    x = tokenizer.to_float(torch.stack([images[i][0] for i in range(48)]))
+    for mirror, pictures in (0, x), (1, x.flip(-1)):
+        got = latents.read(torch.arange(48), torch.full((48,), mirror))
+        mean, logvar = tok.encode(pictures)
+        for name, want in dict(mean=mean, logvar=logvar, features=vfm(pictures, cls=True)[0], labels=torch.from_numpy(images.labels)).items():
+            torch.testing.assert_close(got[name], want, atol=1e-5, rtol=1e-4)
+    everything, logvar = latents.arrays["mean"].double(), latents.arrays["logvar"].double()
+    torch.testing.assert_close(latents.mean.double(), everything.mean((0, 2, 3)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(latents.std.double(), (everything.var((0, 2, 3), unbiased=False) + logvar.exp().mean((0, 2, 3))).sqrt(), atol=1e-6, rtol=1e-5)
+    stream = [(5, (0, k)) for k in range(200)]                               # StepSampler's items: image and mirror image, as Images flips them
+    batch, flipped = latents.__getitems__(stream)["mean"], tokenizer.Images(cfg.data, "train", 32, flip=True)
+    for k in range(20):
+        original = torch.equal(flipped[stream[k]][0], images[5][0])
+        assert torch.equal(batch[k], latents.arrays["mean"][10 if original else 11])
+
+    # what is there is used; a subset of it, too; anything else is made anew
+    calls = []
+    encode, tok.encode = tok.encode, lambda x: (calls.append(len(x) // 2), encode(x))[1]
+    make(posterior=True, vfm=vfm, grid=4), make()
+    assert not calls
+    for name, (dtype, bound) in dict(bf16=(torch.bfloat16, 4e-3), fp16=(torch.float16, 5e-4)).items():
+        low = make(dtype=name)
+        assert low.arrays["mean"].dtype == dtype and sum(calls) == 48
+        assert ((low.arrays["mean"].float() - everything).abs() <= bound * everything.abs() + 1e-6).all()
+        calls.clear()
+    with torch.no_grad():
+        tok.adapter.conv_in.weight[0, 0, 0, 0] += 1e-6
+    assert "anew" in quiet(make, tok) and sum(calls) == 48                   # another tokenizer
+    calls.clear()
+    next(Path(cfg.data, "train", "3").glob("*.png")).unlink()
+    images = tokenizer.Images(cfg.data, "train", 32)
+    assert len(make(images=images)) == 47 and sum(calls) == 47               # other data
+    calls.clear()
+
+    # killed in the middle: what was encoded stays, the rest is encoded; never trained on before
+    whole = make(images=images).arrays["mean"].clone()
+    shutil.rmtree(f"{folder}/cache")
+
+    class Killed(Exception):
+        pass
+
+    def die(x):
+        calls.append(len(x) // 2)
+        if len(calls) == 3:
+            raise Killed
+        return encode(x)
+    tok.encode = die
+    try:
+        make(images=images)
+        raise AssertionError
+    except Killed:
+        pass
+    tok.encode = lambda x: (calls.append(len(x) // 2), encode(x))[1]
+    fails(lambda: diffusion.Latents(f"{folder}/cache", ["mean"]), "not finished")
+    assert calls == [20, 20, 7]
+    calls.clear()
+    assert torch.equal(make(images=images, batch=7).arrays["mean"], whole) and calls == [7]
+    with open(f"{folder}/cache/mean.npy", "r+b") as file:                    # a full disk, a copy that was cut short
+        file.truncate(1000)
+    calls.clear()
+    assert torch.equal(make(images=images).arrays["mean"], whole) and sum(calls) == 47
+
+
+@with_diffusion_folder
+def test_cache_refuses_what_cannot_be_trained_on(folder, cfg):
+    tok = tokenizer.load_tokenizer(f"{folder}/out/tokenizer.pt")
+    images = tokenizer.Images(cfg.data, "train", 32)
+    tok.adapter.quant_conv.weight[0] = 0
+    fails(lambda: diffusion.cache_latents(f"{folder}/cache", tok, images, WORLD), "channels [0]", "constant")
+    tok.adapter.quant_conv.weight[0] = float("nan")
+    fails(lambda: diffusion.cache_latents(f"{folder}/cache", tok, images, WORLD), "not finite")
+    usage, shutil.disk_usage = shutil.disk_usage, lambda path: type(usage(path))(10, 10, 10)
+    try:
+        fails(lambda: diffusion.cache_latents(f"{folder}/other", tok, images, WORLD), "GB", "free")
+    finally:
+        shutil.disk_usage = usage
+
+
+def tensors(entry):
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(entry) if torch.is_tensor(leaf)]
+
+
+@with_diffusion_folder
+def test_diffusion_resumes_exactly(folder, cfg):
+    """With everything random in play (posterior samples, class token, dropout, accumulation), 6 steps equal 3 and then 3, bit for bit."""
+    cfg = dataclasses.replace(cfg, align="reg", arch="sit", sample_posterior=True, accumulate=2, sample_interval=6)
+    quiet(diffusion.train, cfg, WORLD)
+    path = f"{folder}/out/diffusion.pt"
+    whole, lines = torch.load(path, weights_only=True), Path(f"{folder}/out/log.jsonl").read_text()
+    assert whole["kind"] == "diffusion" and (whole["step"], whole["images"]) == (6, 96) and Path(f"{folder}/out/grids/diffusion-0000006.png").exists()
+    assert all((a - b).abs().max() > 0 for a, b in zip(tensors(whole["model"]), tensors(whole["ema"])))
+    os.remove(path)
+    quiet(diffusion.train, dataclasses.replace(cfg, steps=3), WORLD)
+    assert torch.load(path, weights_only=True)["step"] == 3
+    assert "going on from step 3" in quiet(diffusion.train, cfg, WORLD)
+    again = torch.load(path, weights_only=True)
+    for part in ("model", "ema", "optimizer"):
+        assert all(torch.equal(a, b) for a, b in zip(tensors(whole[part]), tensors(again[part]), strict=True)), part
+    keep = lambda text: [{key: value for key, value in json.loads(line).items() if key != "images_per_second"} for line in text.splitlines()]
+    assert keep(lines) == keep(Path(f"{folder}/out/log.jsonl").read_text()) and [line["step"] for line in keep(lines)] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "velocity", "cosine", "cls", "repa", "val_velocity", "val_repa", "grad_norm", "epoch", "lr"} <= keep(lines)[5].keys()
+    assert "has its 6 steps" in quiet(diffusion.train, cfg, WORLD)
+    fails(lambda: quiet(diffusion.train, dataclasses.replace(cfg, hidden_size=64), WORLD), "hidden_size 32, now 64", "--resume=0")
+    tiny_tokenizer(f"{folder}/out/tokenizer.pt", seed=1)
+    fails(lambda: quiet(diffusion.train, cfg, WORLD), "latents", "another run")
+    quiet(diffusion.train, dataclasses.replace(cfg, resume=False, steps=1, align="none", sample_interval=0), WORLD)
+    assert torch.load(path, weights_only=True)["step"] == 1
+
+
+@with_diffusion_folder
+def test_alignment_features_cached_or_not(folder, cfg):
+    """The VFM's tokens from the cache and on the fly, of image and mirror image, give the same losses."""
+    logs = []
+    for cached in (True, False):
+        cfg = dataclasses.replace(cfg, align="repa", cache_dtype="fp32", cache_features=cached, out=f"{folder}/{cached}", tokenizer=f"{folder}/out/tokenizer.pt", resume=False, steps=3)
+        quiet(diffusion.train, cfg, WORLD)
+        logs.append([json.loads(line) for line in Path(cfg.out, "log.jsonl").read_text().splitlines()])
+        assert Path(cfg.out, "latents", "train", "features.npy").exists() == cached
+    for a, b in zip(*logs):
+        assert abs(a["repa"] - b["repa"]) < 1e-4 and abs(a["velocity"] - b["velocity"]) < 1e-4 and a["repa"] != 0
+    fails(lambda: quiet(diffusion.train, dataclasses.replace(cfg, encoder_depth=3), WORLD), "--encoder_depth=3")
+
+
+def test_diffusion_learns():
+    """200 steps on latents that are a constant a class, and a little noise: the velocity error falls, samples are of their class."""
+    torch.manual_seed(0)
+    cfg, means = diffusion.Config(lr=3e-3, warmup=10, compile=False, ema=0.98), torch.randn(3, 4, 1, 1)
+    parts = diffusion.build(cfg, WORLD, dict(input_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=3))
+    first = None
+    for step in range(200):
+        labels = torch.randint(3, (32,), generator=torch.Generator().manual_seed(step))
+        losses = diffusion.train_step(*parts, [dict(latents=means[labels].expand(-1, -1, 2, 2) + 0.1 * torch.randn(32, 4, 2, 2), labels=labels, tokens=None)], cfg, WORLD, step)
+        first = first or losses["velocity"].item()
+    assert losses["velocity"] < 0.35 * first
+    y = torch.arange(3).repeat(20)
+    with torch.no_grad():
+        z = sample.ode(parts[2], torch.randn(60, 4, 2, 2), y, 30, solver="heun")
+    nearest = (z.mean((2, 3))[:, None] - means[None, :, :, 0, 0]).norm(dim=2).argmin(1)
+    assert (nearest == y).float().mean() > 0.95
+
+
+def test_time_distributions():
+    torch.manual_seed(0)
+    cfg = diffusion.Config(uniform_from=10)
+    lognormal, uniform = (diffusion.draw_times(50_000, step, cfg, "cpu") for step in (9, 10))
+    assert abs(torch.logit(lognormal).mean()) < 0.02 and abs(torch.logit(lognormal).std() - 1) < 0.02
+    assert abs(uniform.std() - 12 ** -0.5) < 0.005 and abs(diffusion.draw_times(50_000, 0, diffusion.Config(times="uniform"), "cpu").std() - 12 ** -0.5) < 0.005
+
+
+def test_losses_reach_what_they_should():
+    """For joint training: the alignment loss reaches the latents; the terms come apart, so that the velocity loss need not."""
+    model, latents = small_dit(**REG), torch.randn(3, 8, 4, 4, requires_grad=True)
+    losses = diffusion.flow_losses(model, latents, torch.tensor([1, 2, 3]), torch.tensor([0.2, 0.5, 0.8]), torch.randn(3, 8, 4, 4), torch.randn(3, 17, 24), torch.randn(3, 24))
+    assert {name: tuple(value.shape) for name, value in losses.items()} == dict.fromkeys(("velocity", "cosine", "cls", "repa"), (3,))
+    grad, = torch.autograd.grad(losses["repa"].sum(), latents, retain_graph=True)
+    assert grad.abs().sum() > 0
+    (losses["velocity"] + losses["cls"]).sum().backward(inputs=list(model.parameters()))
+    assert latents.grad is None and model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+@with_diffusion_folder
+def test_validation_is_comparable(folder, cfg):
+    """The same numbers for any batch size, whatever the state of the generator."""
+    tok = tokenizer.load_tokenizer(f"{folder}/out/tokenizer.pt")
+    val = diffusion.cache_latents(f"{folder}/val", tok, tokenizer.Images(cfg.data, "val", 32), WORLD, np.arange(0, 24, 2))
+    model = small_dit(in_channels=4).eval()
+    a, b = (diffusion.validate(model, val, val.mean.view(-1, 1, 1), val.std.view(-1, 1, 1), WORLD, batch) for batch in (5, 12))
+    assert len(val) == 12 and abs(a["val_velocity"] - b["val_velocity"]) < 1e-5 and abs(a["val_cosine"] - b["val_cosine"]) < 1e-5
+
+
+def test_diffusion_bench():
+    shown = quiet(diffusion.bench, diffusion.Config(depth=1, hidden_size=32, num_heads=2, batch_size=4, bench_latents=(4, 4, 4), compile=False, align="reg", projector_dim=16, encoder_depth=1), WORLD)
+    assert "images/s" in shown and "GFLOP" in shown
+
+
+def sampled(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder, "samples").glob("*.png"))}
+
+
+@with_diffusion_folder
+def test_sampling_files(folder, cfg):
+    """Each image depends on the seed and its index alone; a second call makes what is missing; other settings start over; formats."""
+    cfg = dataclasses.replace(cfg, align="reg", arch="sit", steps=3)
+    quiet(diffusion.train, cfg, WORLD)
+    out = Path(folder, "out")
+    weights = torch.load(out / "diffusion.pt", weights_only=True)
+    for value in weights["ema"].values():                                    # away from the zero velocity of the start
+        value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(len(value))) * 0.1)
+    torch.save(weights, out / "diffusion.pt")
+    config = sample.Config(out=str(out), n=17, num_steps=4, compile=False)
+    sets = {}
+    for solver in ("ab2", "sde"):
+        for batch in (1, 7, 17):
+            shutil.rmtree(out / "samples", ignore_errors=True)
+            quiet(sample.write_samples, dataclasses.replace(config, solver=solver, batch_size=batch), WORLD)
+            sets[solver, batch] = sampled(out)
+        assert len(sets[solver, 1]) == 17 and sets[solver, 1] == sets[solver, 7] == sets[solver, 17] and len(set(sets[solver, 1].values())) == 17
+    assert sets["ab2", 1] != sets["sde", 1]
+    config = dataclasses.replace(config, solver="sde")
+    with np.load(out / "samples.npz") as archive:
+        pixels = archive["arr_0"]
+    assert pixels.dtype == np.uint8 and pixels.shape == (17, 32, 32, 3) and np.array_equal(pixels[5], np.asarray(Image.open(out / "samples" / "000005.png")))
+    labels = json.loads((out / "samples" / "labels.json").read_text())
+    names = json.loads(json.dumps(weights["classes"]))
+    assert labels["000003.png"] == 3 % len(names) and len(labels) == 17 and Image.open(out / "samples.png").width > 32
+
+    (out / "samples" / "000004.png").unlink(), (out / "samples" / "000009.png").unlink()
+    before = (out / "samples" / "000000.png").stat().st_mtime_ns
+    assert "(2 new" in quiet(sample.write_samples, config, WORLD) and sampled(out) == sets["sde", 1] and (out / "samples" / "000000.png").stat().st_mtime_ns == before
+    quiet(sample.write_samples, dataclasses.replace(config, n=5), WORLD)
+    assert list(sampled(out)) == [f"{i:06d}.png" for i in range(5)]
+    assert "starting over" in quiet(sample.write_samples, dataclasses.replace(config, n=3, seed=1, classes=(2,)), WORLD) and len(sampled(out)) == 3
+    assert set(json.loads((out / "samples" / "labels.json").read_text()).values()) == {2}
+    fails(lambda: sample.write_samples(dataclasses.replace(config, classes=(99,)), WORLD), "--classes=99")
+    (out / "samples" / "settings.json").unlink()
+    fails(lambda: sample.write_samples(config, WORLD), "did not write")
+    fails(lambda: sample.write_samples(dataclasses.replace(config, solver="rk4"), WORLD), "rk4", "ab2")
+    quiet(sample.write_samples, dataclasses.replace(config, out=f"{folder}/guided", ckpt=str(out / "diffusion.pt"), tokenizer=str(out / "tokenizer.pt"), guide=str(out / "diffusion.pt"), n=2), WORLD)
+    shutil.copytree(out, f"{folder}/moved")                                  # the checkpoint names out/tokenizer.pt; the one beside it serves
+    shutil.rmtree(f"{folder}/moved/samples"), (out / "tokenizer.pt").unlink()
+    quiet(sample.write_samples, dataclasses.replace(config, out=f"{folder}/moved", n=2), WORLD)
+    fails(lambda: sample.write_samples(dataclasses.replace(config, out=f"{folder}/empty"), WORLD), "run diffusion.py")
+
+
+def test_official_files_sample():
+    """Random weights in the public layouts: LightningDiT and REG, with a VA-VAE (LDM) tokenizer and published-style latent statistics."""
+    g = golden("vavae_tiny")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"state_dict": fill(g)}, f"{folder}/vavae.pt")
+        channels = tokenizer.load_tokenizer(f"{folder}/vavae.pt").z_dim
+        torch.save({"mean": torch.zeros(1, channels, 1, 1), "std": torch.ones(1, channels, 1, 1)}, f"{folder}/latents_stats.pt")
+        for name, steps in ("lightningdit_tiny", 4), ("reg_sit_tiny", 4):
+            weights = fill(golden(name))
+            weights["x_embedder.proj.weight"] = tensor("x_embedder.proj.weight", (48, channels, 1, 1))
+            weights["final_layer.linear.weight"], weights["final_layer.linear.bias"] = tensor("final_layer.linear.weight", (channels, 48)), torch.zeros(channels)
+            torch.save({"ema": weights}, f"{folder}/{name}.pt")
+            config = sample.Config(out=f"{folder}/{name}", ckpt=f"{folder}/{name}.pt", tokenizer=f"{folder}/vavae.pt", n=3, num_steps=steps, num_heads=4, compile=False,
+                                   solver="sde" if "reg" in name else "euler")
+            fails(lambda: sample.write_samples(config, WORLD), "--latent_stats", "normalised")
+            fails(lambda: sample.write_samples(dataclasses.replace(config, tokenizer="", latent_stats=f"{folder}/latents_stats.pt"), WORLD), "--tokenizer")
+            quiet(sample.write_samples, dataclasses.replace(config, latent_stats=f"{folder}/latents_stats.pt"), WORLD)
+            pictures = sampled(f"{folder}/{name}")
+            assert len(set(pictures.values())) == 3
+        fails(lambda: sample.write_samples(dataclasses.replace(config, latent_stats=f"{folder}/vavae.pt"), WORLD), "lacks")
+
+
+@with_diffusion_folder
+def test_reconstruct(folder, cfg):
+    root = Path(cfg.data, "val")
+    quiet(sample.reconstruct, sample.Config(out=f"{folder}/out", reconstruct=str(root), batch_size=7), WORLD)
+    names = lambda where: {str(path.relative_to(where)) for path in Path(where).rglob("*.png")}
+    assert names(root) == names(f"{folder}/out/reconstructions") == names(f"{folder}/out/originals") != set()
+    some = sorted(names(root))[0]
+    read = lambda path: tokenizer.to_float(torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))[None]
+    assert torch.equal(read(root / some), read(f"{folder}/out/originals/{some}"))
+    tok = tokenizer.load_tokenizer(f"{folder}/out/tokenizer.pt")
+    want = tokenizer.to_uint8(tok.decode(tok.encode(read(root / some))[0]))
+    assert (want.int() - tokenizer.to_uint8(read(f"{folder}/out/reconstructions/{some}")).int()).abs().max() <= 1
+    fails(lambda: sample.reconstruct(sample.Config(out=f"{folder}/out", reconstruct=f"{folder}/nowhere"), WORLD), "no folder")
+
+
+@with_diffusion_folder
+def test_diffusion_on_two_processes(folder, cfg):
+    """torchrun with gloo: the same cache and the same samples as one process; FSDP learns what DDP learns, and its checkpoint loads anywhere."""
+    flags = [f"--{field.name}={int(value) if isinstance(value, bool) else value}" for field in dataclasses.fields(cfg)
+             if (value := getattr(cfg, field.name)) != field.default and field.name not in ("preset", "out", "bench_latents")]
+    for out, extra in ("ddp", ["--accumulate=2"]), ("fsdp", ["--fsdp=1", "--checkpointing=1", "--accumulate=2", "--sample_interval=2"]):
+        Path(folder, out).mkdir()
+        shutil.copy(f"{folder}/out/tokenizer.pt", f"{folder}/{out}/tokenizer.pt")
+        shown = torchrun(HERE / "diffusion.py", f"--out={folder}/{out}", *flags, *extra)
+        assert shown.count("6 steps of 16 = 2.0 epochs of 48 images") == 1
+    ddp, fsdp = (torch.load(f"{folder}/{out}/diffusion.pt", weights_only=True) for out in ("ddp", "fsdp"))
+    for part in ("model", "ema", "optimizer"):
+        for a, b in zip(tensors(ddp[part]), tensors(fsdp[part]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    quiet(diffusion.train, dataclasses.replace(cfg, out=f"{folder}/fsdp", steps=7), WORLD)       # one process goes on from the sharded run
+    assert torch.load(f"{folder}/fsdp/diffusion.pt", weights_only=True)["step"] == 7
+    quiet(diffusion.train, dataclasses.replace(cfg, steps=1), WORLD)
+    for split in ("train", "val"):
+        assert np.array_equal(*(np.load(f"{folder}/{out}/latents/{split}/mean.npy") for out in ("ddp", "out")))
+    torchrun("--", HERE / "sample.py", f"--out={folder}/ddp", "--n=21", "--num_steps=5", "--batch_size=4")
+    two = sampled(f"{folder}/ddp")
+    shutil.rmtree(f"{folder}/ddp/samples")
+    quiet(sample.write_samples, sample.Config(out=f"{folder}/ddp", n=21, num_steps=5, batch_size=21, compile=False), WORLD)
+    assert len(two) == 21 and two == sampled(f"{folder}/ddp")
+
+
+@with_diffusion_folder
+def test_sweep(folder, cfg):
+    import fid
+    quiet(diffusion.train, dataclasses.replace(cfg, steps=1), WORLD)
+    original, fid.load_features = fid.load_features, lambda *a: lambda images: (images.float().mean((2, 3)), None, images.float()[:, 0, :2].flatten(1))
+    try:
+        shown = quiet(sample.sweep, sample.Config(out=f"{folder}/out", n=20, num_steps=3, sweep_steps=(2, 3), compile=False), WORLD)
+    finally:
+        fid.load_features = original
+    rows = json.loads(Path(f"{folder}/out/sweep.json").read_text())
+    assert len(rows) == 3 * 2 + 5 == shown.count("%") and all(row["fd"] > 0 and 0 <= row["accuracy"] <= 1 for row in rows)
+    assert {row["evaluations"] for row in rows if row["solver"] == "heun"} == {2, 4}
+
+
+def test_diffusion_error_lines():
+    with tempfile.TemporaryDirectory() as folder:
+        shown = script("diffusion.py", f"--out={folder}", status=1)
+        assert "run tokenizer.py first" in shown and shown.count("\n") == 2
+        assert "did you mean --cfg_scale" in script("sample.py", "--cfgscale=2", status=2)
+    fails(lambda: diffusion.model_arch(diffusion.Config(model="XXL"), 4, 4, 10, 0), "--model=XXL", "1.6B")
+    fails(lambda: diffusion.DiT(hidden_size=30, num_heads=4), "width")
 
 
 # -----------------------------------------------------------------------------

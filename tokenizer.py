@@ -2182,7 +2182,6 @@ def evaluate(cfg, tokenizer, world):
         except UserError as error:
             note = str(error)
     metrics, relative = {"PSNR (dB)": [], "SSIM": [], "LPIPS": []}, {}
-    moments = None
     try:
         extractor = fid.load_features("toy" if cfg.data == "shapes" else "inception", cfg.out, world.device)
     except UserError as error:
