@@ -20,7 +20,7 @@ import sys
 import warnings
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 
@@ -84,8 +84,9 @@ class Config:
     epochs: float = 0.0               # instead of steps, if not 0
     batch_size: int = 64              # of all processes and accumulation steps together
     accumulate: int = 1               # micro-batches to a step
-    lr: float = 1e-3                  # AdamW, betas (0.9, beta2), no weight decay
+    lr: float = 2e-3                  # AdamW, betas (0.9, beta2), no weight decay
     warmup: int = 100                 # steps of linear warm-up
+    cooldown: float = 0.5             # last share of the steps over which the learning rate falls linearly to 0 (ours; the papers' is constant)
     beta2: float = 0.95
     clip: float = 1.0                 # gradient norm
     ema: float = 0.995                # decay a step
@@ -102,7 +103,7 @@ class Config:
     save_interval: int = 500
 
 
-IMAGENET = dict(data="data/imagenet", model="XL", batch_size=1024, steps=100_000, lr=2e-4, warmup=0, ema=0.9999, workers=8, encode_batch=64,
+IMAGENET = dict(data="data/imagenet", model="XL", batch_size=1024, steps=100_000, lr=2e-4, warmup=0, cooldown=0.0, ema=0.9999, workers=8, encode_batch=64,
                 val_images=4_096, log_interval=100, val_interval=5_000, sample_interval=5_000, save_interval=5_000)
 PRESETS = {"toy": {}, "imagenet": IMAGENET,
            "reg": dict(IMAGENET, arch="sit", qk_norm=True, times="uniform", cosine_weight=0.0, align="reg", align_vfm="dinov2_vitb14", encoder_depth=8,
@@ -447,10 +448,14 @@ def usable_cache(folder, wanted):
 
 
 def start_cache(folder, wanted, labels):
-    if folder.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        if "arrays" not in read_json(folder / "meta.json"):
+            raise UserError(f"{folder} holds something else than latents: give another --latents")
         print(f"the latents in {folder} are of another tokenizer, data set or format, or damaged: encoding anew", flush=True)
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+        for path in folder.glob("*.npy"):
+            path.unlink()
+    write_json(folder / "meta.json", dict(arrays={}, complete=False))            # first, so that the folder is known as ours
     size = sum(math.prod(spec["shape"]) * DTYPES[spec["dtype"]][0].itemsize for spec in wanted.values())
     if size > (free := shutil.disk_usage(folder).free):
         raise UserError(f"the latents in {folder} need {size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free: --latents=FOLDER elsewhere, or --cache_features=0")
@@ -600,7 +605,8 @@ def full_state(model, ema, optimizer):
 def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
     """One optimizer step on `accumulate` batches of dict(latents, labels, tokens or None) -> this process's losses, on the device."""
     weights = dict(velocity=1.0, cosine=cfg.cosine_weight, cls=cfg.cls_weight, repa=cfg.repa_weight)
-    optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+    left = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps) if cfg.cooldown else 1.0
+    optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup), left)
     seed_step(cfg.seed, step, world.rank)
     totals = {}
     for k, batch in enumerate(batches):
@@ -736,6 +742,7 @@ def train(cfg, world):
         if changed := [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]:
             raise UserError(f"{path} is another run's ({'; '.join(changed)}): repeat its flags to go on with it, --resume=0 to replace it, or give another --out")
     start, steps = saved["step"] if saved else 0, round(cfg.epochs * len(images) / cfg.batch_size) or cfg.steps
+    cfg = replace(cfg, steps=steps)      # the cooldown counts them
     model, parallel, ema, optimizer = build(cfg, world, arch, saved)
     del saved
     if world.rank == 0:

@@ -42,7 +42,7 @@ class Config:
     # solver
     solver: str = "ab2"               # euler, heun, ab2 (Adams-Bashforth), sde (Euler-Maruyama)
     num_steps: int = 20               # times from noise to data: one evaluation less for euler and ab2, twice as many for heun
-    cfg_scale: float = 2.0            # guidance: 1 is none
+    cfg_scale: float = 3.0            # guidance: 1 is none
     cfg_interval_start: float = 0.0   # time from which guidance acts (0: noise, 1: data); not for sde
     cfg_channels: int = 0             # latent channels that it acts on, from the first (0: all); not for sde
     timestep_shift: float = 0.0       # s of t -> s t / (1 + (s - 1) t) (0: none); not for sde
@@ -229,6 +229,8 @@ def reconstruct(cfg, world):
     names = {file: file.relative_to(root).with_suffix(".png") for file in list_images(root)}
     if len(set(names.values())) < len(names):
         raise UserError(f"{root} has images whose names differ in the suffix alone: the reconstructions could not be told apart")
+    if left := {file.relative_to(out / "reconstructions") for file in out.glob("reconstructions/**/*.png")} - set(names.values()):
+        raise UserError(f"{out / 'reconstructions'} holds reconstructions of other images ({min(left)}, say): remove it, or give another --out")
     mine = list(names)[world.rank::world.size]
     with torch.inference_mode(), ThreadPoolExecutor(cfg.threads) as pool:
         for start in tqdm(range(0, len(mine), cfg.batch_size), desc="reconstructing", unit="batch", disable=world.rank > 0):
@@ -289,7 +291,7 @@ def write_samples(cfg, world):
         settings = dict({key: getattr(cfg, key) for key in keys}, classes=list(classes), model=fingerprint(model), tokenizer=fingerprint(tokenizer),
                         guide=fingerprint(guide) if guide else "", latents=fingerprint(mean, std))
         there, before = set(folder.glob("*.png")), read_json(folder / "settings.json")
-        if there and not before:
+        if there and "solver" not in before:
             raise UserError(f"{folder} holds images that sample.py did not write: give another --out")
         if before and before != settings and there:
             print(f"{folder} holds images of other settings: starting over", flush=True)
