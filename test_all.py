@@ -335,6 +335,7 @@ def test_safetensors():
         torch.save({"x": captured_exit}, pickled)
         fails(lambda: tokenizer.load_weights(pickled), "code.pt")                                               # never unpickles code
         fails(lambda: tokenizer.load_weights(Path(folder) / "none.pt"), "none.pt")
+    fails(lambda: tokenizer.load_weights("https://nowhere.invalid/weights.pth"), "https://nowhere.invalid/weights.pth", "--vfm")
 
 
 def test_vit_golden():
@@ -738,6 +739,16 @@ def test_tokenizer_resumes_exactly():
 
 
 @with_tiny_vfm
+def test_other_sizes():
+    """The shapes, the toy VFM and every tokenizer at twice the resolution; one that does not fit is refused."""
+    for method in tokenizer.STAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            tok = tokenizer.train(tiny_config(folder, method=method, image_size=64, kimg=0.016, gan_scale=0.0), WORLD)
+            assert tok.encode(torch.zeros(1, 3, 64, 96))[0].shape == (1, 4, 8, 12)
+    fails(lambda: tokenizer.build_tokenizer(tiny_config("out", image_size=36)), "36 x 36")
+
+
+@with_tiny_vfm
 def test_stage_by_stage():
     with tempfile.TemporaryDirectory() as folder:
         cfg = tiny_config(folder, method="aligntok")
@@ -797,10 +808,10 @@ def test_evaluate():
         assert json.loads(Path(f"{folder}/eval.json").read_text())["PSNR (dB)"] == result["PSNR (dB)"] > 3
 
 
-class FakeFeatures:
+class FakeFeatures(nn.Module):
     name = "toy"
 
-    def __call__(self, images):
+    def forward(self, images):
         return images.float().flatten(1)[:, ::300] / 255, None, None
 
 
@@ -1375,6 +1386,11 @@ def test_diffusion_error_lines():
         assert "did you mean --cfg_scale" in script("sample.py", "--cfgscale=2", status=2)
     fails(lambda: diffusion.model_arch(diffusion.Config(model="XXL"), 4, 4, 10, 0), "--model=XXL", "1.6B")
     fails(lambda: diffusion.DiT(hidden_size=30, num_heads=4), "width")
+    with tempfile.TemporaryDirectory() as folder:
+        fails(lambda: sample.write_samples(sample.Config(out=folder), WORLD), "run diffusion.py first")
+        tokenizer.save_checkpoint(f"{folder}/diffusion.pt", kind="tokenizer")
+        fails(lambda: sample.write_samples(sample.Config(out=folder), WORLD), "tokenizer checkpoint, not a diffusion model")
+        fails(lambda: tokenizer.load_checkpoint(f"{folder}/diffusion.pt", "diffusion"), "diffusion.pt", "tokenizer")
 
 
 # -----------------------------------------------------------------------------

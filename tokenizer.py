@@ -673,7 +673,7 @@ def load_weights(path_or_url):
             try:
                 torch.hub.download_url_to_file(url, path)
             except OSError as error:
-                raise UserError(f"cannot fetch {url} ({error}); download it elsewhere and give its path instead")
+                raise UserError(f"cannot fetch {url} ({error}); get it elsewhere and give its path (--vfm, --disc_vfm, --lpips_weights, --inception)")
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
     try:
@@ -2143,6 +2143,9 @@ def train(cfg, world):
             average_weights(ema, tokenizer, seen, cfg.batch_size, cfg.ema_kimg)
             log.bar.update()
             if (step + 1) % cfg.log_interval == 0:
+                losses = {name: world.mean(value.to(world.device)) for name, value in losses.items()}
+                if not math.isfinite(losses["grad_norm"]):
+                    raise UserError(f"the gradients are not finite at step {step + 1}: try a lower --lr_scale; {path} is as it was")
                 log.write(step + 1, seen, epoch=seen / len(data), stage=number, lr=trainer.optimizer.param_groups[-1]["lr"], **losses)
             if (step + 1) % cfg.grid_interval == 0 or seen == last:
                 if world.rank == 0:
@@ -2173,57 +2176,52 @@ def evaluate(cfg, tokenizer, world):
     """PSNR, SSIM, LPIPS where its weights are at hand, rFID (through fid.py) and latent equivariance over held-out images -> dictionary."""
     import fid
     data = Images(cfg.data, "val", cfg.image_size, cfg.data_dir, cfg.download, cache=cfg.out)
-    n = min(cfg.eval_images, len(data))
+    n, notes = min(cfg.eval_images, len(data)), []
     tokenizer = tokenizer.to(world.device).eval()
-    net, note = None, None
-    if cfg.perceptual == "lpips" or cfg.lpips_weights:
+
+    def at_hand(load):
         try:
-            net = LPIPS(cfg.lpips_weights).to(world.device)
+            return load().to(world.device)
         except UserError as error:
-            note = str(error)
-    metrics, relative = {"PSNR (dB)": [], "SSIM": [], "LPIPS": []}, {}
-    try:
-        extractor = fid.load_features("toy" if cfg.data == "shapes" else "inception", cfg.out, world.device)
-    except UserError as error:
-        extractor, note = None, str(error)
-    statistics = [[], []]
-    mine = range(world.rank, n, world.size)
-    for start in tqdm(range(0, len(mine), cfg.batch_size), desc="evaluating", disable=world.rank > 0):
-        images = to_float(torch.stack([data[i][0] for i in mine[start:start + cfg.batch_size]])).to(world.device)
-        mean = tokenizer.encode(images)[0]
-        decoded = tokenizer.decode(mean).float().clamp(-1, 1)
-        decoded = to_float(to_uint8(decoded))                    # as it would be saved
-        metrics["PSNR (dB)"].append(psnr(images, decoded))
-        metrics["SSIM"].append(ssim(images, decoded))
-        if net:
-            metrics["LPIPS"].append(net(images, decoded))
-        if extractor:
-            for part, batch in zip(statistics, (images, decoded)):
-                part.append(extractor(to_uint8(batch))[0])
-        if start < 512:                                          # relative error of encode(T x) against T encode(x)
-            for name, move in dict(rotation=lambda x: torch.rot90(x, 1, (2, 3)), scaling=lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=x.shape[1] == 3)).items():
-                try:
+            notes.append(str(error))
+
+    lpips = at_hand(lambda: LPIPS(cfg.lpips_weights)) if cfg.perceptual == "lpips" or cfg.lpips_weights else None
+    extractor = at_hand(lambda: fid.load_features("toy" if cfg.data == "shapes" else "inception", cfg.out, world.device))
+    moves = dict(rotation=lambda x: torch.rot90(x, 1, (2, 3)), scaling=lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=x.shape[1] == 3))
+    sums, moments = {}, {}
+
+    def add(name, values):
+        sums[name] = sums.get(name, 0) + torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
+
+    mine = torch.arange(world.rank, n, world.size).split(cfg.batch_size)
+    with fid.full_float32():
+        for images, _ in tqdm(make_loader(data, [part.tolist() for part in mine], world, cfg.workers), desc="evaluating", disable=world.rank > 0):
+            images = to_float(images.to(world.device))
+            mean = tokenizer.encode(images)[0]
+            decoded = to_float(to_uint8(tokenizer.decode(mean)))         # as it would be saved
+            for name, metric in (("PSNR (dB)", psnr), ("SSIM", ssim), ("LPIPS", lpips)):
+                if metric is not None:
+                    add(name, metric(images, decoded))
+            for key, batch in (("real", images), ("decoded", decoded)):
+                if extractor is not None:
+                    features = extractor(to_uint8(batch))[0]
+                    moments.setdefault(key, fid.Moments(features.shape[1], world.device)).update(features)
+            for name, move in moves.items():                            # |encode(T x) - T encode(x)| / |T encode(x)|
+                with contextlib.suppress(UserError):                    # half the size may not fit this tokenizer
                     ours, theirs = tokenizer.encode(move(images))[0], move(mean)
-                    relative.setdefault(name, []).append((ours - theirs).flatten(1).norm(dim=1) / theirs.flatten(1).norm(dim=1))
-                except UserError:        # half the size does not fit this tokenizer
-                    pass
-    def gather(parts):
-        parts = torch.cat(parts)
-        if world.size > 1:
-            everything = [None] * world.size
-            dist.all_gather_object(everything, parts.cpu())
-            parts = torch.cat(everything)
-        return parts
-    result = {name: gather(values).mean().item() for name, values in metrics.items() if values}
-    if extractor:
-        real, fake = (gather(part).double().cpu().numpy() for part in statistics)
-        name = "rFID" if extractor.name == "inception" else f"rFD ({extractor.name})"
-        result[name] = fid.frechet_distance(real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T))
-    for name, values in relative.items():
-        result[f"equivariance error, {name}"] = gather(values).mean().item()
+                    add(f"equivariance error, {name}", (ours - theirs).flatten(1).norm(dim=1) / theirs.flatten(1).norm(dim=1))
+    result = {}
+    for name, pair in sums.items():
+        total, count = fid.total(world, pair).tolist()
+        result[name] = total / count
+    if moments:
+        for part in moments.values():
+            part.reduce(world)
+        result["rFID" if extractor.name == "inception" else f"rFD ({extractor.name})"] = fid.frechet_distance(*moments["real"].statistics(), *moments["decoded"].statistics())
     if world.rank == 0:
         print(f"{n} held-out images of {cfg.data}, {cfg.image_size} px")
-        print("\n".join(f"  {name:32s} {value:10.4f}" for name, value in result.items()) + (f"\n  not measured: {note}" if note else ""))
+        print("\n".join([*(f"  {name:32s} {value:10.4f}" for name, value in result.items()), *(f"  not measured: {note}" for note in notes)]))
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
         (Path(cfg.out) / "eval.json").write_text(json.dumps(dict(images=n, **result), indent=1) + "\n")
     return result
 
