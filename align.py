@@ -656,6 +656,7 @@ class Study:
         for number, stage, first, last in plan:
             seed_step(seed, -1 - number)
             trainer.start_stage(stage)
+            net.load_state_dict({name: ema[name] for name, p in net.named_parameters() if not p.requires_grad}, strict=False)        # as train does
             first, last = first // tok_cfg.batch_size, last // tok_cfg.batch_size
             for step, index in enumerate(self.order(tok_cfg.batch_size, seed, first, last), first):
                 seed_step(seed, step)

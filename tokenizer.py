@@ -253,6 +253,8 @@ def init_world():
     rank, size, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"{local + 1} processes, but {torch.cuda.device_count()} GPUs: --nproc_per_node must not exceed them")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -297,6 +299,13 @@ def load_checkpoint(path, kind, hint=""):
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}    # dense bf16, NVIDIA's datasheets
 
 
+def write_text(path, text):
+    """Whole or not at all."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 class Log:
     """One tqdm bar and one line of JSON in `out/log.jsonl` per log interval; silent but on rank 0."""
 
@@ -307,13 +316,17 @@ class Log:
         if self.main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if (entry := json.loads(line))["script"] != script or entry["step"] <= start]
-            if len(kept) != len(lines):  # what came after the checkpoint that is resumed from, or an earlier run
-                self.path.write_text("".join(line + "\n" for line in kept))
+
+            def current(line):           # not what came after the checkpoint that is resumed from, nor half a line
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    return entry["script"] != script or entry["step"] <= start
+
+            write_text(self.path, "".join(line + "\n" for line in filter(current, lines)))
 
     def write(self, step, images, **values):
         """`images` seen so far; tensors among `values` are read here, once per interval (the only synchronisation)."""
-        values = {key: float(value) for key, value in values.items()}
+        values = dict(zip(values, torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values.values()]).tolist()))
         now, seconds = time.perf_counter(), time.perf_counter() - self.clock
         if self.images is not None:
             values["images_per_second"] = (images - self.images) / seconds
@@ -542,7 +555,7 @@ class Images(Dataset):
         if data == "shapes":
             self.source = Shapes(split, size, cache=cache)
             self.labels, self.classes = self.source.targets(), Shapes.classes
-        elif hasattr(torchvision.datasets, data):
+        elif inspect.isclass(getattr(torchvision.datasets, data, None)):
             Source, folder = getattr(torchvision.datasets, data), data_dir
             keywords = dict(root=folder, download=download) if "download" in inspect.signature(Source).parameters else dict(root=folder)
             if "train" in inspect.signature(Source).parameters:
@@ -564,8 +577,8 @@ class Images(Dataset):
                 raise UserError(f"--data={data}: no such folder, and not the name of a torchvision data set")
             paths = list_images(root)
             folders = sorted({path.relative_to(root).parts[0] for path in paths if path.parent != root})
-            if any(path.parent == root for path in paths):
-                folders = []
+            if folders and any(path.parent == root for path in paths):
+                raise UserError(f"{root} has images both in class folders and beside them")
             self.classes = folders or ["image"]
             index = {name: i for i, name in enumerate(folders)}
             self.labels = np.array([index.get(path.relative_to(root).parts[0], 0) for path in paths])
@@ -786,9 +799,9 @@ class ViT(nn.Module):
         self.register_buffer("input_scale", 0.5 / std, persistent=False)      # ((x / 2 + 1 / 2) - mean) / std in one pass
         self.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
 
-    def resize(self, images, size=None):
-        """To `size` (height, width; default the model's own) with its own interpolation; antialiased only when shrinking."""
-        size = size or (self.image_size, self.image_size)
+    def resize(self, images, size=None, scale=None):
+        """To `size` (height, width), by `scale`, or to the model's own size, with its own interpolation; antialiased only when shrinking."""
+        size = size or ([round(side * scale) for side in images.shape[-2:]] if scale else (self.image_size, self.image_size))
         if tuple(images.shape[-2:]) == tuple(size):
             return images
         return F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=size[0] < images.shape[-2])
@@ -907,9 +920,8 @@ def load_vfm(name_or_path, out="out", pretrained=True, **overrides):
     Raises UserError for an unknown name, a file that cannot be read, and missing or left-over keys."""
     name = str(name_or_path)
     if name in TOY_VFMS:
-        entries = train_toy_vfm(name, out) if pretrained else dict(config={}, model=None)
+        state = train_toy_vfm(name, out)["model"] if pretrained else None
         vit = ViT(**{**TOY_VIT, **overrides})
-        state = entries["model"]
     elif not pretrained and name in VFMS:
         vit, state = ViT(**{**VFMS[name][1], **overrides}), None
     else:
@@ -1238,6 +1250,9 @@ class VFMVAEDecoder(nn.Module):
         return h, self.mapping(pooled * torch.rsqrt(pooled.square().mean(1, keepdim=True) + 1e-8))
 
     def forward(self, z, scales=False):
+        return self.body(z, scales)
+
+    def body(self, z, scales):
         h, w = self.decompress(z)
         x = x_sum = None
         outputs = []
@@ -1338,12 +1353,15 @@ class LDMEncoder(nn.Module):
         self.norm_out, self.conv_out = ldm_norm(widths[-1]), nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_dim, 1)
 
-    def forward(self, images, grid=None):
+    def body(self, images):
         x = self.conv_in(images)
         for level in self.down:
             x = run_level(level, x)
             x = level["downsample"](x) if "downsample" in level else x
-        return self.quant_conv(self.conv_out(F.silu(self.norm_out(run_middle(self.mid, x)))))
+        return self.conv_out(F.silu(self.norm_out(run_middle(self.mid, x))))
+
+    def forward(self, images, grid=None):
+        return self.quant_conv(self.body(images))
 
     def last_weight(self):
         return self.quant_conv.weight
@@ -1363,12 +1381,15 @@ class LDMDecoder(nn.Module):
                                 for i, width in enumerate(widths))
         self.norm_out, self.conv_out = ldm_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, z, scales=False):
+    def body(self, z):
         x = run_middle(self.mid, self.conv_in(self.post_quant_conv(z)))
         for level in reversed(self.up):
             x = run_level(level, x)
             x = level["upsample"](x) if "upsample" in level else x
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.silu(self.norm_out(x))
+
+    def forward(self, z, scales=False):
+        x = self.conv_out(self.body(z))
         return [x] if scales else x
 
     def last_weight(self):
@@ -1392,6 +1413,8 @@ class Tokenizer(nn.Module):
         self.arch = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         self.resolution, self.downsample, self.z_dim, self.layers, self.scale_factor = resolution, downsample, z_dim, tuple(layers), scale_factor
         self.vfm = ViT(**vfm).eval() if vfm else None        # the toy's stem has BatchNorms: their statistics stay as they are, also while the VFM is trained
+        if vfm and not all(-1 <= i <= self.vfm.depth for i in layers):
+            raise UserError(f"layers {','.join(map(str, layers))}: this VFM has blocks 1 to {self.vfm.depth} (0: the embedding, -1: the normalised last)")
         if vfm and level_dims:
             folds = [max(1, round(downsample * scale_factor / self.vfm.patch_size))] * len(layers)
             self.adapter = LevelAdapter([self.vfm.level0_dim if i == 0 else self.vfm.embed_dim for i in layers], level_dims, folds, z_dim)
@@ -1406,8 +1429,7 @@ class Tokenizer(nn.Module):
         """What the adapter reads: the VFM's levels, or the images themselves."""
         if self.vfm is None:
             return images
-        size = [round(side * self.scale_factor) for side in images.shape[-2:]]
-        return self.vfm(self.vfm.resize(images, size), self.layers)
+        return self.vfm(self.vfm.resize(images, scale=self.scale_factor), self.layers)
 
     def check_size(self, height, width):
         f = self.downsample * self.decoder.granularity
@@ -1450,7 +1472,7 @@ def from_vfmvae(state, num_heads=None, layers=(0, 12, -1), scale_factor=2.0, res
         fusion = re.match(r"synthesis\.z_convs\.(\d+)\.(\d)\.(\d)\.(\w+)", key)
         if fusion:                       # two stages, numbered 0 1, 1 2 or 0 2: depthwise, pointwise, norm; then pointwise, norm
             i, stage, part, kind = fusion.groups()
-            first = f"synthesis.z_convs.{i}.{stage}.2.{'weight'}" in state
+            first = f"synthesis.z_convs.{i}.{stage}.2.weight" in state
             key = f"decoder.fusions.{i}." + (("depthwise", "pointwise1", "norm1") if first else ("pointwise2", "norm2"))[int(part)] + f".{kind}"
         for pattern, name in VFMVAE_KEYS:
             key = re.sub(pattern, name, key)
@@ -1587,16 +1609,19 @@ class LPIPS(nn.Module):
             load_state(self, state, "LPIPS", ignore=(r"classifier\.", r"lin\d\.weight"))
         self.requires_grad_(False).eval()
 
-    def forward(self, a, b):
-        x = (torch.cat([a, b]) - self.shift) / self.scale
-        total = 0
-        for k, (layers, lin) in enumerate(zip(self.SLICES, self.lins)):
+    def maps(self, x):
+        x, maps = (x - self.shift) / self.scale, []
+        for k, layers in enumerate(self.SLICES):
             x = F.max_pool2d(x, 2) if k else x
             for i in layers:
                 x = F.relu(self.features[str(i)](x))
-            fa, fb = (x.float() / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)
-            total = total + F.conv2d((fa - fb).square(), lin).mean((1, 2, 3))
-        return total
+            maps.append(F.normalize(x.float(), dim=1, eps=1e-10))
+        return maps
+
+    def forward(self, a, b):             # gradients reach a alone
+        with torch.no_grad():
+            targets = self.maps(b)
+        return sum(((x - y).square() * lin).sum(1).mean((1, 2)) for x, y, lin in zip(self.maps(a), targets, self.lins))
 
 
 class FeatureDistance(nn.Module):
@@ -1799,7 +1824,10 @@ def build_tokenizer(cfg, pretrained=True):
         arch.update(decoder_kind="ldm", decoder=ldm)
         if 2 ** (len(cfg.ch_mult) - 1) != cfg.downsample:
             raise UserError(f"--ch_mult={','.join(map(str, cfg.ch_mult))} downsamples by {2 ** (len(cfg.ch_mult) - 1)}, but --downsample={cfg.downsample}")
-    tokenizer = Tokenizer(**arch)
+    try:
+        tokenizer = Tokenizer(**arch)
+    except ValueError as error:          # PyTorch's, of channels that groups do not divide
+        raise UserError(f"no network has these widths: {error}")
     tokenizer.check_size(cfg.image_size, cfg.image_size)
     if tokenizer.vfm is not None:
         tokenizer.vfm.load_state_dict(vfm.state_dict())
@@ -1811,7 +1839,7 @@ def select_parameters(tokenizer, trains):
     """Marks what a stage trains ("encoder", "adapter", "decoder", "high": the decoder's three finest blocks); the rest is frozen -> groups."""
     tokenizer.requires_grad_(False)
     modules = dict(encoder=[tokenizer.vfm], adapter=[tokenizer.adapter, tokenizer.vf_proj], decoder=[tokenizer.decoder],
-                   high=list(getattr(tokenizer.decoder, "blocks", []))[-3:])
+                   high=[*tokenizer.decoder.blocks][-3:] if hasattr(tokenizer.decoder, "blocks") else [*tokenizer.decoder.up[:3], tokenizer.decoder.norm_out, tokenizer.decoder.conv_out])
     groups = {}
     for name in trains.split():
         groups[name] = [p for module in modules[name] if module is not None for p in module.requires_grad_(True).parameters()]
@@ -1840,17 +1868,26 @@ def average_weights(averages, module, images, batch, half_kimg):
 class Trainer:
     """The two networks' losses for one batch: what `train` and align.py's joint training share.
 
-    The graph is cut at the latent and at the images, and the gradients are handed over by hand: so the decoder is walked backward once
-    for each group of losses whose gradients must be told apart, and the adaptive weights cost no further pass.
+    The graph is cut at the latent and at the images, and the gradients are handed over by hand: losses on images are walked back once to
+    the images, LDM's adaptive weight costs its last layer alone, and VFM-VAE's one walk more through the decoder's activations, if there is a GAN.
     """
 
     def __init__(self, cfg, tokenizer, world, vfm=None, length_scale=1.0, pretrained=True):
         self.cfg, self.tokenizer, self.world, self.target_vfm = cfg, tokenizer, world, vfm
         self.perceptual_net = None
         if any(stage.lpips for stage in STAGES[cfg.method]) and cfg.lpips_scale:
-            self.perceptual_net = (LPIPS(cfg.lpips_weights if pretrained else None) if cfg.perceptual == "lpips" else FeatureDistance(load_vfm(cfg.perceptual, cfg.out))).to(world.device)
+            self.perceptual_net = (LPIPS(cfg.lpips_weights if pretrained else None) if cfg.perceptual == "lpips" else FeatureDistance(load_vfm(cfg.perceptual, cfg.out, pretrained))).to(world.device)
         self.pretrained, self.anchor, self.gan, self.length_scale = pretrained, None, None, length_scale
         self.stamp = lambda part: None   # `bench` puts a stopwatch here
+        if cfg.compile:
+            torch._dynamo.config.cache_size_limit = 64           # sizes x scales x stages
+            torch._functorch.config.donated_buffer = False       # the decoder's graph may be walked twice
+            for module in (tokenizer.vfm, vfm, self.perceptual_net):
+                if module is not None:
+                    module.compile(dynamic=False)
+            for module in (tokenizer.adapter, tokenizer.decoder):        # all but the last layer, at which gradients are compared
+                if hasattr(module, "body"):
+                    module.body = torch.compile(module.body, dynamic=False)
 
     def start_stage(self, stage):
         """Freezes and unfreezes, makes the discriminators and both optimizers."""
@@ -1860,23 +1897,20 @@ class Trainer:
         self.parameters = [p for group in groups.values() for p in group]
         adam = functools.partial(torch.optim.Adam, betas=(stage.betas[0] if cfg.beta1 < 0 else cfg.beta1, stage.betas[1]), fused=device.type == "cuda")
         self.optimizer = adam([dict(params=group, lr=stage.lr * cfg.lr_scale * (stage.encoder_lr if name == "encoder" else 1)) for name, group in groups.items()], lr=stage.lr)
-        self.gan = self.gan_optimizer = None
+        previous, self.gan, self.gan_optimizer = self.gan, None, None
         if cfg.gan_scale and (stage.dino or stage.patch or stage.multi):
             vit = load_vfm(cfg.disc_vfm, cfg.out, self.pretrained) if stage.dino else None
             self.gan = GAN(stage, vit, cfg.ndf, cfg.image_size).to(device)
             if self.world.size > 1 and device.type == "cuda":
                 self.gan = nn.SyncBatchNorm.convert_sync_batchnorm(self.gan)
-            if self.world.size > 1:      # the same start everywhere
-                for p in self.gan.parameters():
-                    dist.broadcast(p.data, 0)
+            if previous is not None:     # the discriminators that the stages share go on
+                self.gan.load_state_dict(previous.state_dict(), strict=False)
             self.gan_optimizer = adam(self.gan.trainable(), lr=stage.lr * cfg.lr_scale)
+        self.anchor = self.anchor if stage.preserve else None
         if stage.preserve and self.anchor is None:      # the frozen stage-1 encoder of AlignTok's semantic preservation loss
             self.anchor = copy.deepcopy(nn.ModuleDict(dict(vfm=self.tokenizer.vfm, adapter=self.tokenizer.adapter))).requires_grad_(False)
-        if cfg.compile:
-            torch._functorch.config.donated_buffer = False      # the decoder's graph may be walked twice
-            for module in (self.tokenizer.vfm, self.target_vfm, self.tokenizer.decoder, self.perceptual_net, self.gan.dino.vit if self.gan and self.gan.dino else None):
-                if module is not None:
-                    module.compile(dynamic=False)
+        if self.gan and stage.dino and cfg.compile:
+            self.gan.dino.vit.compile(dynamic=False)
 
     def set_lr(self, progress):
         """The stage's learning rates, cooling down over the last share of the whole run, of which `progress` (0 to 1) is behind."""
@@ -1905,21 +1939,19 @@ class Trainer:
             fixed = fixed + stage.kl * values["kl"]
         if stage.preserve:
             with torch.no_grad(), self.world.autocast():
-                grid = mean.shape[-2:]
-                size = [round(side * self.tokenizer.scale_factor) for side in images.shape[-2:]]
-                anchor = self.anchor["adapter"](self.anchor["vfm"](self.anchor["vfm"].resize(images, size), self.tokenizer.layers), grid).float().chunk(2, 1)[0]
+                vfm, tok = self.anchor["vfm"], self.tokenizer
+                anchor = self.anchor["adapter"](vfm(vfm.resize(images, scale=tok.scale_factor), tok.layers), mean.shape[-2:]).float().chunk(2, 1)[0]
             values["preserve"] = F.mse_loss(mean, anchor)
             fixed = fixed + stage.preserve * values["preserve"]
         if stage.vf and self.cfg.vf_scale and "adapter" in stage.trains:
             with torch.no_grad(), self.world.autocast():
-                target = features[-1] if self.target_vfm is None else self.target_vfm(self.target_vfm.resize(images, [
-                    round(side * vfm_of(self.cfg)[1]) for side in images.shape[-2:]]))[0]
+                target = features[-1] if self.target_vfm is None else self.target_vfm(self.target_vfm.resize(images, scale=vfm_of(self.cfg)[1]))[0]
             with self.world.autocast():
                 projected = self.tokenizer.vf_proj(z)
             values["vf"] = vf = vf_loss(projected, target, *stage.vf_margins)
         return values, fixed, vf
 
-    def reconstruction_loss(self, outputs, target, images_seen):
+    def reconstruction_loss(self, outputs, target):
         """The weighted sum of pixel, perceptual, SSIM and multi-resolution terms, on all the decoder's scales -> (loss, parts)."""
         stage, fake = self.stage, outputs[-1]
         scale = target[0].numel() if stage.summed else 1
@@ -1935,7 +1967,8 @@ class Trainer:
             values["ssim"] = 1 - ssim(fake.clamp(-1, 1), target, data_range=2).mean()
             loss = loss + stage.ssim * values["ssim"]
         if len(outputs) > 1:
-            resize = lambda size: F.interpolate(target, size, mode="bilinear", antialias=True, align_corners=False)
+            mode = self.tokenizer.vfm.interpolation if self.tokenizer.vfm else "bilinear"
+            resize = lambda size: F.interpolate(target, size, mode=mode, antialias=True, align_corners=False)
             values["multires"] = sum(F.l1_loss(small, resize(small.shape[-2:])) for small in outputs[:-1])
             loss = loss + stage.multires * values["multires"]
         return loss, values
@@ -1965,7 +1998,7 @@ class Trainer:
         self.stamp("decoder")
         leaves = [output.detach().float().requires_grad_() for output in outputs]
         fake = leaves[-1]
-        reconstruction, values = self.reconstruction_loss(leaves, target, images_seen)
+        reconstruction, values = self.reconstruction_loss(leaves, target)
         grads = list(torch.autograd.grad(reconstruction, leaves, allow_unused=True)) if reconstruction.requires_grad else [None] * len(leaves)
         grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
         self.stamp("reconstruction losses")
@@ -1979,25 +2012,24 @@ class Trainer:
             if stage.gan_adaptive:       # LDM: the ratio of both gradients at the decoder's last layer
                 last = tok.decoder.last_weight()
                 at = lambda grad: torch.autograd.grad(outputs[-1], last, grad.to(outputs[-1].dtype), retain_graph=True)[0].float().norm()
-                values["gan_weight"] = (at(grads[-1]) / (at(adversarial) / cfg.gan_scale + 1e-4)).clamp(0, 1e4)
+                values["gan_weight"] = (at(grads[-1]) / (at(adversarial) / (cfg.gan_scale * stage.patch) + 1e-4)).clamp(0, 1e4)
                 adversarial = adversarial * values["gan_weight"]
         self.stamp("adversarial losses")
         latent_values, fixed, vf = self.latent_losses(images, z, mean, logvar, features)
         values.update(latent_values)
         self.stamp("latent losses")
-        backward = lambda grads, retain=False: torch.autograd.backward(outputs, [(grad * share).to(output.dtype) for output, grad in zip(outputs, grads)], retain_graph=retain)
-        only_gan = lambda: [torch.zeros_like(leaf) for leaf in leaves[:-1]] + [adversarial]
+        give = lambda grads: [(grad * share).to(output.dtype) for output, grad in zip(outputs, grads)]
+        total = grads if adversarial is None else [*grads[:-1], grads[-1] + adversarial]
         if cut.requires_grad and vf is not None:
-            backward(grads, retain=adversarial is not None)
-            from_reconstruction = cut.grad.clone()
-            if adversarial is not None:
-                backward(only_gan())
+            # the reconstruction's own gradient at the latent: a walk through the activations, needed only where the GAN's is mixed in
+            apart = adversarial is not None and torch.autograd.grad(outputs, cut, give(grads), retain_graph=True)[0]
+            torch.autograd.backward(outputs, give(total))
             last = tok.adapter.last_weight()
-            reach = torch.autograd.grad(moved, last, from_reconstruction / share, retain_graph=True)[0].norm()
+            reach = torch.autograd.grad(moved, last, (cut.grad if adversarial is None else apart) / share, retain_graph=True)[0].norm()
             values["vf_weight"] = (reach / (torch.autograd.grad(vf, last, retain_graph=True)[0].norm() + 1e-4)).clamp(0, 1e8) * stage.vf * cfg.vf_scale
             fixed = fixed + values["vf_weight"].detach() * vf
         else:
-            backward([a if b is None else a + b for a, b in zip(grads, [None] * (len(grads) - 1) + [adversarial])])
+            torch.autograd.backward(outputs, give(total))
         if cut.requires_grad:
             torch.autograd.backward([moved, fixed] if fixed.requires_grad else [moved], [cut.grad, fixed.new_tensor(share)] if fixed.requires_grad else [cut.grad])
         self.stamp("backward")
@@ -2081,7 +2113,8 @@ def train(cfg, world):
     torch.manual_seed(cfg.seed)
     entries = load_checkpoint(path, "tokenizer") if cfg.resume and path.exists() else None
     if entries:
-        fixed = ("method", "data", "image_size", "vfm", "z_dim", "decoder", "batch_size", "seed", "kimg")
+        fixed = ("method", "data", "image_size", "vfm", "scale_factor", "layers", "z_dim", "downsample", "level_dim", "decoder", "post_factor", "widths", "fuse_dims",
+                 "attention", "num_res_blocks", "w_dim", "ch", "ch_mult", "batch_size", "seed", "kimg", "vf_scale", "gan_scale", "disc_vfm", "ndf")
         changed = [f"{key}={entries['config'][key]}, now {getattr(cfg, key)}" for key in fixed if entries["config"][key] != getattr(cfg, key)]
         if changed:
             raise UserError(f"{path} was trained with {'; '.join(changed)}: choose another --out, or --resume=0 to start afresh")
@@ -2090,13 +2123,14 @@ def train(cfg, world):
     vfm = vfm.to(world.device) if vfm else None
     seen = 0
     if entries:
-        tokenizer.load_state_dict(entries["model"])
+        load_state(tokenizer, entries["model"], str(path))
         seen = entries["images"]
     if seen < plan[0][2]:
         raise UserError(f"stage {plan[0][0]} starts from the end of the one before, {plan[0][2]} images, but {path} {'has seen ' + str(seen) if entries else 'does not exist'}")
     if seen >= plan[-1][3]:
         if world.rank == 0:
             print(f"{path} is already trained ({seen} images); --resume=0 starts afresh")
+        tokenizer.load_state_dict(entries["ema"], strict=False)
         return tokenizer
     trainer = Trainer(cfg, tokenizer, world, vfm, length_scale)
     if entries and entries["anchor"]:
@@ -2126,11 +2160,18 @@ def train(cfg, world):
             continue
         seed_step(cfg.seed, -number)
         trainer.start_stage(stage)
-        if entries and entries["stage"] == number:
-            trainer.optimizer.load_state_dict(entries["optimizer"])
-            if trainer.gan:
-                trainer.gan.load_state_dict(entries["gan"])
-                trainer.gan_optimizer.load_state_dict(entries["gan_optimizer"])
+        if seen == first:                # what a stage freezes is from now on what is saved: the average
+            tokenizer.load_state_dict({name: ema[name] for name, p in tokenizer.named_parameters() if name in ema and not p.requires_grad}, strict=False)
+        if entries:
+            same = entries["stage"] == number
+            moments = lambda optimizer, saved: optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["state"]))     # with this run's rates
+            if same:
+                moments(trainer.optimizer, entries["optimizer"])
+            if trainer.gan and entries["gan"]:
+                trainer.gan.load_state_dict(entries["gan"], strict=False)
+                if same:
+                    moments(trainer.gan_optimizer, entries["gan_optimizer"])
+            entries = None               # later stages begin as they would have
         sampler = StepSampler(len(data), cfg.batch_size, cfg.seed, seen // cfg.batch_size, last // cfg.batch_size, world, cfg.accumulate)
         batches = iter(make_loader(data, sampler, world, cfg.workers))
         if world.rank == 0:
@@ -2142,7 +2183,8 @@ def train(cfg, world):
             seen += cfg.batch_size
             average_weights(ema, tokenizer, seen, cfg.batch_size, cfg.ema_kimg)
             log.bar.update()
-            if (step + 1) % cfg.log_interval == 0:
+            saving = (step + 1) % cfg.save_interval == 0 or seen == last
+            if (step + 1) % cfg.log_interval == 0 or saving:
                 losses = {name: world.mean(value.to(world.device)) for name, value in losses.items()}
                 if not math.isfinite(losses["grad_norm"]):
                     raise UserError(f"the gradients are not finite at step {step + 1}: try a lower --lr_scale; {path} is as it was")
@@ -2152,7 +2194,7 @@ def train(cfg, world):
                     with torch.no_grad(), world.autocast(), use_weights(tokenizer, ema):
                         decoded = tokenizer.decode(tokenizer.encode(pictures)[0])
                     save_grid(torch.stack([pictures, decoded.float()], 1).flatten(0, 1), Path(cfg.out) / "grids" / f"tokenizer-{step + 1:07d}.png", 8)
-            if (step + 1) % cfg.save_interval == 0 or seen == last:
+            if saving:
                 save(number, seen)
     log.bar.close()
     tokenizer.load_state_dict(ema, strict=False)
@@ -2222,12 +2264,12 @@ def evaluate(cfg, tokenizer, world):
         print(f"{n} held-out images of {cfg.data}, {cfg.image_size} px")
         print("\n".join([*(f"  {name:32s} {value:10.4f}" for name, value in result.items()), *(f"  not measured: {note}" for note in notes)]))
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.out) / "eval.json").write_text(json.dumps(dict(images=n, **result), indent=1) + "\n")
+        write_text(Path(cfg.out) / "eval.json", json.dumps(dict(images=n, **result), indent=1) + "\n")
     return result
 
 
 def bench(cfg, world):
-    """Times `--bench` steps of each stage, all losses on, with random images and weights: nothing is fetched or written."""
+    """Times `--bench` steps of each stage with random images and weights: nothing is fetched or written."""
     tokenizer, vfm = build_tokenizer(cfg, pretrained=False)
     tokenizer = tokenizer.to(world.device, memory_format=torch.channels_last if world.device.type == "cuda" else torch.contiguous_format)
     cuda = world.device.type == "cuda"
@@ -2271,6 +2313,11 @@ def run():
     cfg = parse_config(Config, PRESETS)
     if cfg.method not in STAGES:
         raise UserError(f"--method={cfg.method}: there are {', '.join(STAGES)}")
+    if cfg.decoder not in ("", "vfmvae", "ldm"):
+        raise UserError(f"--decoder={cfg.decoder}: there are vfmvae, ldm")
+    for name in ("image_size", "z_dim", "downsample", "batch_size", "accumulate", "log_interval", "grid_interval", "save_interval", "eval_images"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
     world = init_world()
     if cfg.eval:
         evaluate(cfg, load_tokenizer(cfg.ckpt or Path(cfg.out) / "tokenizer.pt"), world)
