@@ -80,7 +80,7 @@ class Config:
     repa_weight: float = 0.5          # of the negative cosine similarity
     cls_weight: float = 0.03          # of the class token's velocity error
     # optimisation
-    steps: int = 2_000                # of batch_size images
+    steps: int = 3_000                # of batch_size images
     epochs: float = 0.0               # instead of steps, if not 0
     batch_size: int = 64              # of all processes and accumulation steps together
     accumulate: int = 1               # micro-batches to a step

@@ -75,9 +75,9 @@ class Config:
     num_res_blocks: int = 0              # ConvNeXt layers: 1 + 3 x this, or 1 + 2 x this above block 3
     w_dim: int = 128                     # style width
     ch: int = 32                         # LDM autoencoder: base channels
-    ch_mult: tuple = (1, 2, 2, 4)        # ... and their multiples, fine to coarse
+    ch_mult: tuple = (1, 1, 2, 4)        # ... and their multiples, fine to coarse
     # training
-    kimg: float = 30.0                   # thousands of images over all stages, shared out as in STAGES; 0: STAGES' own numbers
+    kimg: float = 28.0                   # thousands of images over all stages, shared out as in STAGES; 0: STAGES' own numbers
     batch_size: int = 16                 # images a step, over all processes
     accumulate: int = 1                  # micro-batches a step
     lr_scale: float = 20.0               # times the learning rates of STAGES
