@@ -605,7 +605,7 @@ def full_state(model, ema, optimizer):
 def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
     """One optimizer step on `accumulate` batches of dict(latents, labels, tokens or None) -> this process's losses, on the device."""
     weights = dict(velocity=1.0, cosine=cfg.cosine_weight, cls=cfg.cls_weight, repa=cfg.repa_weight)
-    left = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps) if cfg.cooldown else 1.0
+    left = max(0.0, cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps) if cfg.cooldown else 1.0
     optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup), left)
     seed_step(cfg.seed, step, world.rank)
     totals = {}

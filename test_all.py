@@ -655,6 +655,25 @@ def test_handed_gradients_equal_autograd():
 
 
 @with_tiny_vfm
+def test_frozen_vfm_runs_once():
+    """A step runs the VFM once on the batch, for the encoder or the VF loss and the perceptual distance together, and keeps no activations of it."""
+    for method in ("vfmvae", "aligntok", "vavae"):
+        cfg = tiny_config("unused", method=method, equivariance=False, gan_scale=0.0)
+        tok, vfm = tokenizer.build_tokenizer(cfg)
+        trainer = tokenizer.Trainer(cfg, tok, WORLD, vfm)
+        trainer.start_stage(tokenizer.STAGES[method][0])
+        calls = dict(encoder=0, perceptual=0)
+        for name, net in (("encoder", tok.vfm or vfm), ("perceptual", trainer.perceptual_net.vit)):
+
+            def count(net, arguments, output, name=name):
+                calls[name] += 1
+                assert name != "encoder" or not any(level.requires_grad for level in output)
+            net.register_forward_hook(count)
+        trainer.step([(image(8, 3, 32, 32) * 255).to(torch.uint8)], 0, 0)
+        assert calls == dict(encoder=1, perceptual=1), (method, calls)          # the perceptual network sees the decoder's images alone
+
+
+@with_tiny_vfm
 def test_every_stage_trains_what_it_names():
     """All methods, all stages, every loss: the named parts move and no others; frozen parts have no gradients and no optimizer state."""
     expected = dict(vfmvae={"adapter", "decoder"}, aligntok={"vfm", "adapter", "decoder"}, vavae={"adapter", "decoder"}, vae={"adapter", "decoder"})

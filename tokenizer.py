@@ -1631,9 +1631,10 @@ class FeatureDistance(nn.Module):
         super().__init__()
         self.vit, self.layers = vit, tuple(range(1, vit.depth + 1))
 
-    def forward(self, a, b):
-        with torch.no_grad():
-            target = self.vit(b, self.layers)
+    def forward(self, a, b, target=None):        # target: b's features, if they are at hand
+        if target is None:
+            with torch.no_grad():
+                target = self.vit(b, self.layers)
         return sum((F.normalize(x.float(), dim=2) - F.normalize(y.float(), dim=2)).square().sum(2).mean(1) for x, y in zip(self.vit(a, self.layers), target)) / len(target)
 
 
@@ -1877,6 +1878,7 @@ class Trainer:
         self.perceptual_net = None
         if any(stage.lpips for stage in STAGES[cfg.method]) and cfg.lpips_scale:
             self.perceptual_net = (LPIPS(cfg.lpips_weights if pretrained else None) if cfg.perceptual == "lpips" else FeatureDistance(load_vfm(cfg.perceptual, cfg.out, pretrained))).to(world.device)
+        self.shares = isinstance(self.perceptual_net, FeatureDistance) and (cfg.perceptual, 1) == vfm_of(cfg)
         self.pretrained, self.anchor, self.gan, self.length_scale = pretrained, None, None, length_scale
         self.stamp = lambda part: None   # `bench` puts a stopwatch here
         if cfg.compile:
@@ -1920,13 +1922,19 @@ class Trainer:
                 group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
     def encode(self, images):
-        """-> mean, logvar, VFM features of these images (or None)."""
-        tok, trains = self.tokenizer, self.stage.trains
+        """-> mean, logvar, VFM features, the last of which the VF loss reads (None for the plain VAE). The VFM runs once: what the perceptual
+        distance needs of the same network is kept in `shared`."""
+        tok, trains, self.shared = self.tokenizer, self.stage.trains, None
+        vfm, scale, layers = (self.target_vfm, vfm_of(self.cfg)[1], (-1,)) if tok.vfm is None else (tok.vfm, tok.scale_factor, tok.layers)
+        features = None
         with self.world.autocast():
-            with torch.set_grad_enabled("encoder" in trains):
-                features = tok.features(images)
+            if vfm is not None:
+                more = self.perceptual_net.layers if self.shares and "encoder" not in trains else ()
+                with torch.set_grad_enabled("encoder" in trains):
+                    features = vfm(vfm.resize(images, scale=scale), (*layers, *more))
+                features, self.shared = features[:len(layers)], features[len(layers):] or None
             with torch.set_grad_enabled("adapter" in trains):
-                moments = tok.moments(features, *images.shape[-2:]).float()
+                moments = tok.moments(images if tok.vfm is None else features, *images.shape[-2:]).float()
         mean, logvar = moments.chunk(2, 1)
         return mean, logvar.clamp(-30, 20), features
 
@@ -1944,15 +1952,14 @@ class Trainer:
             values["preserve"] = F.mse_loss(mean, anchor)
             fixed = fixed + stage.preserve * values["preserve"]
         if stage.vf and self.cfg.vf_scale and "adapter" in stage.trains:
-            with torch.no_grad(), self.world.autocast():
-                target = features[-1] if self.target_vfm is None else self.target_vfm(self.target_vfm.resize(images, scale=vfm_of(self.cfg)[1]))[0]
             with self.world.autocast():
                 projected = self.tokenizer.vf_proj(z)
-            values["vf"] = vf = vf_loss(projected, target, *stage.vf_margins)
+            values["vf"] = vf = vf_loss(projected, features[-1], *stage.vf_margins)
         return values, fixed, vf
 
-    def reconstruction_loss(self, outputs, target):
-        """The weighted sum of pixel, perceptual, SSIM and multi-resolution terms, on all the decoder's scales -> (loss, parts)."""
+    def reconstruction_loss(self, outputs, target, shared=None):
+        """The weighted sum of pixel, perceptual, SSIM and multi-resolution terms, on all the decoder's scales -> (loss, parts).
+        shared: the target's features of the perceptual network, if `encode` has them."""
         stage, fake = self.stage, outputs[-1]
         scale = target[0].numel() if stage.summed else 1
         values, loss = {}, fake.new_zeros(())
@@ -1961,7 +1968,7 @@ class Trainer:
             loss = loss + stage.l1 * scale * values["l1"]
         if stage.lpips and self.perceptual_net is not None:
             with self.world.autocast():
-                values["lpips"] = self.perceptual_net(fake, target).mean()
+                values["lpips"] = self.perceptual_net(fake, target, *([shared] if shared else [])).mean()
             loss = loss + stage.lpips * self.cfg.lpips_scale * scale * values["lpips"]
         if stage.ssim:
             values["ssim"] = 1 - ssim(fake.clamp(-1, 1), target, data_range=2).mean()
@@ -1998,7 +2005,7 @@ class Trainer:
         self.stamp("decoder")
         leaves = [output.detach().float().requires_grad_() for output in outputs]
         fake = leaves[-1]
-        reconstruction, values = self.reconstruction_loss(leaves, target)
+        reconstruction, values = self.reconstruction_loss(leaves, target, self.shared if target is images else None)
         grads = list(torch.autograd.grad(reconstruction, leaves, allow_unused=True)) if reconstruction.requires_grad else [None] * len(leaves)
         grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
         self.stamp("reconstruction losses")
