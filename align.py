@@ -69,8 +69,8 @@ class Config:
     study_seeds: int = 3
     study_align: str = "none,repa"    # diffusion models on each tokenizer: none, repa, reg
     study_kimg: float = 16.0          # thousands of images to each tokenizer, all stages together
-    study_steps: int = 1_000          # of 64 latents to each diffusion model
-    study_points: tuple = (250, 500, 1_000)     # steps at which it is evaluated
+    study_steps: int = 800            # of 64 latents to each diffusion model
+    study_points: tuple = (200, 400, 800)       # steps at which it is evaluated
     study_images: int = 12_000        # training images (there are 30,000)
     study_samples: int = 1_000        # samples of an evaluation, and held-out images
     study_sampling: int = 20          # Euler times
@@ -647,7 +647,8 @@ class Study:
     def tokenizer(self, method, seed):
         """Trains one -> Tokenizer with averaged weights, its Config. `tokenizer.train` without its files, and with its data on the device."""
         cfg, world = self.cfg, self.world
-        tok_cfg = tokenizer.Config(**METHODS[method], seed=seed, kimg=cfg.study_kimg, decoder="vfmvae", perceptual="toy-blind", out=cfg.out, compile=False)
+        tok_cfg = tokenizer.Config(**METHODS[method], seed=seed, kimg=cfg.study_kimg, decoder="vfmvae", perceptual="toy-blind", lr_scale=6.0, ldm_lr=1.0,       # a rate at which all learn
+                                   out=cfg.out, compile=False)
         seed_step(seed, -1)
         net, vfm = build_tokenizer(tok_cfg)
         plan, scale = stage_plan(tok_cfg)

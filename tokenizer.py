@@ -76,11 +76,15 @@ class Config:
     w_dim: int = 128                     # style width
     ch: int = 32                         # LDM autoencoder: base channels
     ch_mult: tuple = (1, 1, 2, 4)        # ... and their multiples, fine to coarse
+    ldm_blocks: int = 1                  # residual blocks a level; one more in the decoder
+    ldm_attention: bool = False          # self-attention on the coarsest level, beside the one in the middle
+    groups: int = 8                      # of its GroupNorms; as many as channels (LDM's 32 here) would keep an image's mean colours from the output
     # training
     kimg: float = 28.0                   # thousands of images over all stages, shared out as in STAGES; 0: STAGES' own numbers
     batch_size: int = 16                 # images a step, over all processes
     accumulate: int = 1                  # micro-batches a step
     lr_scale: float = 20.0               # times the learning rates of STAGES
+    ldm_lr: float = 0.3                  # ... where LDM's encoder or decoder takes part: at VFM-VAE's toy rates they stay grey (ours)
     cooldown: float = 0.4                # last share of the run over which the learning rates fall linearly to 0 (ours; the papers' are constant)
     beta1: float = 0.9                   # Adam's; negative: the stage's own
     vf_scale: float = 0.2                # times the VF weights of STAGES
@@ -104,7 +108,7 @@ PRESETS = dict(
     toy={},
     imagenet=dict(data="data/imagenet", image_size=256, crop=True, workers=12, vfm="", scale_factor=0.0, layers=(0, 12, -1), downsample=16, post_factor=16,
                   widths=(512, 512, 512, 512, 256, 128), fuse_dims=(512, 256, 128, 128), attention=(2, 2, 2), num_res_blocks=2, w_dim=512, ch=128,
-                  ch_mult=(1, 1, 2, 2, 4), kimg=0.0, batch_size=512, lr_scale=1.0, equivariance=True, cooldown=0.0, beta1=-1.0, vf_scale=1.0, gan_scale=1.0, lpips_scale=1.0, perceptual="lpips", disc_vfm="dino_vits16",
+                  ch_mult=(1, 1, 2, 2, 4), ldm_blocks=2, ldm_attention=True, groups=32, kimg=0.0, batch_size=512, lr_scale=1.0, ldm_lr=1.0, equivariance=True, cooldown=0.0, beta1=-1.0, vf_scale=1.0, gan_scale=1.0, lpips_scale=1.0, perceptual="lpips", disc_vfm="dino_vits16",
                   ndf=64, log_interval=50, grid_interval=2000, save_interval=2000, eval_images=50_000))
 
 
@@ -1277,15 +1281,15 @@ class VFMVAEDecoder(nn.Module):
 # -----------------------------------------------------------------------------
 # The autoencoder of latent diffusion (arXiv 2112.10752): AlignTok's decoder; both halves in the plain VAE and VA-VAE. LDM's key names
 
-def ldm_norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def ldm_norm(channels, groups):
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    def __init__(self, d_in, d_out):
+    def __init__(self, d_in, d_out, groups):
         super().__init__()
-        self.norm1, self.conv1 = ldm_norm(d_in), nn.Conv2d(d_in, d_out, 3, padding=1)
-        self.norm2, self.conv2 = ldm_norm(d_out), nn.Conv2d(d_out, d_out, 3, padding=1)
+        self.norm1, self.conv1 = ldm_norm(d_in, groups), nn.Conv2d(d_in, d_out, 3, padding=1)
+        self.norm2, self.conv2 = ldm_norm(d_out, groups), nn.Conv2d(d_out, d_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(d_in, d_out, 1) if d_in != d_out else nn.Identity()
 
     def forward(self, x):
@@ -1293,9 +1297,9 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim, groups):
         super().__init__()
-        self.norm = ldm_norm(dim)
+        self.norm = ldm_norm(dim, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(dim, dim, 1) for _ in range(4))
 
     def forward(self, x):
@@ -1316,16 +1320,16 @@ class Resample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1)))
 
 
-def ldm_level(d_in, d_out, blocks, attention, resample, up):
-    level = nn.ModuleDict(dict(block=nn.ModuleList(ResBlock(d_in if i == 0 else d_out, d_out) for i in range(blocks)),
-                               attn=nn.ModuleList(AttnBlock(d_out) for _ in range(blocks if attention else 0))))
+def ldm_level(d_in, d_out, blocks, groups, attention, resample, up):
+    level = nn.ModuleDict(dict(block=nn.ModuleList(ResBlock(d_in if i == 0 else d_out, d_out, groups) for i in range(blocks)),
+                               attn=nn.ModuleList(AttnBlock(d_out, groups) for _ in range(blocks if attention else 0))))
     if resample:
         level["upsample" if up else "downsample"] = Resample(d_out, up)
     return level
 
 
-def ldm_middle(dim):
-    return nn.ModuleDict(dict(block_1=ResBlock(dim, dim), attn_1=AttnBlock(dim), block_2=ResBlock(dim, dim)))
+def ldm_middle(dim, groups):
+    return nn.ModuleDict(dict(block_1=ResBlock(dim, dim, groups), attn_1=AttnBlock(dim, groups), block_2=ResBlock(dim, dim, groups)))
 
 
 def run_level(level, x):
@@ -1343,14 +1347,14 @@ def run_middle(middle, x):
 class LDMEncoder(nn.Module):
     """Images [B, 3, H, W] -> moments [B, 2 C, H/f, W/f], f = 2^(levels - 1)."""
 
-    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None):
+    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None, groups=32):
         super().__init__()
         z_channels, widths = z_channels or z_dim, [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.down = nn.ModuleList(ldm_level(widths[max(0, i - 1)] if i else ch, width, num_res_blocks, i in attn_levels, i < len(widths) - 1, up=False)
+        self.down = nn.ModuleList(ldm_level(widths[max(0, i - 1)] if i else ch, width, num_res_blocks, groups, i in attn_levels, i < len(widths) - 1, up=False)
                                   for i, width in enumerate(widths))
-        self.mid = ldm_middle(widths[-1])
-        self.norm_out, self.conv_out = ldm_norm(widths[-1]), nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
+        self.mid = ldm_middle(widths[-1], groups)
+        self.norm_out, self.conv_out = ldm_norm(widths[-1], groups), nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_dim, 1)
 
     def body(self, images):
@@ -1371,15 +1375,15 @@ class LDMDecoder(nn.Module):
     """Latents [B, C, h, w] -> images [B, 3, h f, w f]."""
     granularity = 1
 
-    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None):
+    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None, groups=32):
         super().__init__()
         z_channels, widths = z_channels or z_dim, [ch * m for m in ch_mult]
         self.post_quant_conv = nn.Conv2d(z_dim, z_channels, 1)
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = ldm_middle(widths[-1])
-        self.up = nn.ModuleList(ldm_level(widths[min(i + 1, len(widths) - 1)], width, num_res_blocks + 1, i in attn_levels, i > 0, up=True)
+        self.mid = ldm_middle(widths[-1], groups)
+        self.up = nn.ModuleList(ldm_level(widths[min(i + 1, len(widths) - 1)], width, num_res_blocks + 1, groups, i in attn_levels, i > 0, up=True)
                                 for i, width in enumerate(widths))
-        self.norm_out, self.conv_out = ldm_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out, self.conv_out = ldm_norm(widths[0], groups), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def body(self, z):
         x = run_middle(self.mid, self.conv_in(self.post_quant_conv(z)))
@@ -1810,7 +1814,7 @@ def build_tokenizer(cfg, pretrained=True):
     name, scale = vfm_of(cfg)
     stages = STAGES[cfg.method]
     vfm = load_vfm(name, cfg.out, pretrained) if cfg.method != "vae" else None
-    ldm = dict(ch=cfg.ch, ch_mult=list(cfg.ch_mult), num_res_blocks=2, attn_levels=[len(cfg.ch_mult) - 1])
+    ldm = dict(ch=cfg.ch, ch_mult=list(cfg.ch_mult), num_res_blocks=cfg.ldm_blocks, attn_levels=[len(cfg.ch_mult) - 1] * cfg.ldm_attention, groups=cfg.groups)
     arch = dict(resolution=cfg.image_size, downsample=cfg.downsample, z_dim=cfg.z_dim, scale_factor=1.0, encoder=ldm,
                 vf_dim=vfm.embed_dim if cfg.vf_scale and any(stage.vf for stage in stages) else 0)
     if cfg.method in ("vfmvae", "aligntok"):
@@ -1898,7 +1902,8 @@ class Trainer:
         groups = select_parameters(self.tokenizer, stage.trains)
         self.parameters = [p for group in groups.values() for p in group]
         adam = functools.partial(torch.optim.Adam, betas=(stage.betas[0] if cfg.beta1 < 0 else cfg.beta1, stage.betas[1]), fused=device.type == "cuda")
-        self.optimizer = adam([dict(params=group, lr=stage.lr * cfg.lr_scale * (stage.encoder_lr if name == "encoder" else 1)) for name, group in groups.items()], lr=stage.lr)
+        lr = stage.lr * cfg.lr_scale * (cfg.ldm_lr if isinstance(self.tokenizer.adapter, LDMEncoder) or isinstance(self.tokenizer.decoder, LDMDecoder) else 1)
+        self.optimizer = adam([dict(params=group, lr=lr * (stage.encoder_lr if name == "encoder" else 1)) for name, group in groups.items()])
         previous, self.gan, self.gan_optimizer = self.gan, None, None
         if cfg.gan_scale and (stage.dino or stage.patch or stage.multi):
             vit = load_vfm(cfg.disc_vfm, cfg.out, self.pretrained) if stage.dino else None
@@ -1907,7 +1912,7 @@ class Trainer:
                 self.gan = nn.SyncBatchNorm.convert_sync_batchnorm(self.gan)
             if previous is not None:     # the discriminators that the stages share go on
                 self.gan.load_state_dict(previous.state_dict(), strict=False)
-            self.gan_optimizer = adam(self.gan.trainable(), lr=stage.lr * cfg.lr_scale)
+            self.gan_optimizer = adam(self.gan.trainable(), lr=lr)
         self.anchor = self.anchor if stage.preserve else None
         if stage.preserve and self.anchor is None:      # the frozen stage-1 encoder of AlignTok's semantic preservation loss
             self.anchor = copy.deepcopy(nn.ModuleDict(dict(vfm=self.tokenizer.vfm, adapter=self.tokenizer.adapter))).requires_grad_(False)
@@ -2121,7 +2126,7 @@ def train(cfg, world):
     entries = load_checkpoint(path, "tokenizer") if cfg.resume and path.exists() else None
     if entries:
         fixed = ("method", "data", "image_size", "vfm", "scale_factor", "layers", "z_dim", "downsample", "level_dim", "decoder", "post_factor", "widths", "fuse_dims",
-                 "attention", "num_res_blocks", "w_dim", "ch", "ch_mult", "batch_size", "seed", "kimg", "vf_scale", "gan_scale", "disc_vfm", "ndf")
+                 "attention", "num_res_blocks", "w_dim", "ch", "ch_mult", "ldm_blocks", "ldm_attention", "groups", "batch_size", "seed", "kimg", "vf_scale", "gan_scale", "disc_vfm", "ndf")
         changed = [f"{key}={entries['config'][key]}, now {getattr(cfg, key)}" for key in fixed if entries["config"][key] != getattr(cfg, key)]
         if changed:
             raise UserError(f"{path} was trained with {'; '.join(changed)}: choose another --out, or --resume=0 to start afresh")
