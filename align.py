@@ -69,8 +69,8 @@ class Config:
     study_seeds: int = 3
     study_align: str = "none,repa"    # diffusion models on each tokenizer: none, repa, reg
     study_kimg: float = 16.0          # thousands of images to each tokenizer, all stages together
-    study_steps: int = 800            # of 64 latents to each diffusion model
-    study_points: tuple = (200, 400, 800)       # steps at which it is evaluated
+    study_steps: int = 600            # of 64 latents to each diffusion model
+    study_points: tuple = (150, 300, 600)       # steps at which it is evaluated
     study_images: int = 12_000        # training images (there are 30,000)
     study_samples: int = 1_000        # samples of an evaluation, and held-out images
     study_sampling: int = 20          # Euler times
@@ -602,8 +602,8 @@ def train(cfg, paths, world):
 # -----------------------------------------------------------------------------
 # The study: which tokenizers diffuse well, at equal budgets?
 
-# Nothing but the method differs: decoder, images, batches, learning rates and the perceptual loss's network are the same. That network and
-# the blind methods' VFM have never been told an image's class, on which the diffusion models are conditioned and judged.
+# Nothing but the method differs: decoder, images, batches and learning rate (one at which all learn) are the same, and no reconstruction loss
+# looks at a VFM. The blind methods' VFM has never been told an image's class, on which the diffusion models are conditioned and judged.
 METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
 for method in "vavae", "vfmvae", "aligntok":
     METHODS[method], METHODS[f"{method}-blind"] = dict(method=method), dict(method=method, vfm="toy-blind")
@@ -647,7 +647,7 @@ class Study:
     def tokenizer(self, method, seed):
         """Trains one -> Tokenizer with averaged weights, its Config. `tokenizer.train` without its files, and with its data on the device."""
         cfg, world = self.cfg, self.world
-        tok_cfg = tokenizer.Config(**METHODS[method], seed=seed, kimg=cfg.study_kimg, decoder="vfmvae", perceptual="toy-blind", lr_scale=6.0, ldm_lr=1.0,       # a rate at which all learn
+        tok_cfg = tokenizer.Config(**METHODS[method], seed=seed, kimg=cfg.study_kimg, decoder="vfmvae", lr_scale=6.0, ldm_lr=1.0, lpips_scale=0.0,
                                    out=cfg.out, compile=False)
         seed_step(seed, -1)
         net, vfm = build_tokenizer(tok_cfg)

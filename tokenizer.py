@@ -84,10 +84,12 @@ class Config:
     batch_size: int = 16                 # images a step, over all processes
     accumulate: int = 1                  # micro-batches a step
     lr_scale: float = 20.0               # times the learning rates of STAGES
+    encoder_lr: float = 0.3              # ... and of a VFM that is trained (ours)
     ldm_lr: float = 0.3                  # ... where LDM's encoder or decoder takes part: at VFM-VAE's toy rates they stay grey (ours)
     cooldown: float = 0.4                # last share of the run over which the learning rates fall linearly to 0 (ours; the papers' are constant)
     beta1: float = 0.9                   # Adam's; negative: the stage's own
     vf_scale: float = 0.2                # times the VF weights of STAGES
+    preserve_scale: float = 0.2          # times the semantic preservation weight of STAGES
     gan_scale: float = 0.0               # times the GAN weights of STAGES; 0: no GAN
     lpips_scale: float = 0.01            # times the perceptual weights of STAGES
     equivariance: bool = False           # VFM-VAE's equivariance regularisation, in the stages that have it
@@ -108,7 +110,7 @@ PRESETS = dict(
     toy={},
     imagenet=dict(data="data/imagenet", image_size=256, crop=True, workers=12, vfm="", scale_factor=0.0, layers=(0, 12, -1), downsample=16, post_factor=16,
                   widths=(512, 512, 512, 512, 256, 128), fuse_dims=(512, 256, 128, 128), attention=(2, 2, 2), num_res_blocks=2, w_dim=512, ch=128,
-                  ch_mult=(1, 1, 2, 2, 4), ldm_blocks=2, ldm_attention=True, groups=32, kimg=0.0, batch_size=512, lr_scale=1.0, ldm_lr=1.0, equivariance=True, cooldown=0.0, beta1=-1.0, vf_scale=1.0, gan_scale=1.0, lpips_scale=1.0, perceptual="lpips", disc_vfm="dino_vits16",
+                  ch_mult=(1, 1, 2, 2, 4), ldm_blocks=2, ldm_attention=True, groups=32, kimg=0.0, batch_size=512, lr_scale=1.0, encoder_lr=0.1, ldm_lr=1.0, equivariance=True, cooldown=0.0, beta1=-1.0, vf_scale=1.0, preserve_scale=1.0, gan_scale=1.0, lpips_scale=1.0, perceptual="lpips", disc_vfm="dino_vits16",
                   ndf=64, log_interval=50, grid_interval=2000, save_interval=2000, eval_images=50_000))
 
 
@@ -119,7 +121,6 @@ class Stage:
     kimg: float                          # length, thousands of images
     trains: str                          # encoder (the VFM), adapter, decoder, high (the decoder's three finest blocks: above 32 px of 256)
     lr: float = 1e-4
-    encoder_lr: float = 0.1              # the VFM's learning rate over the others' (ours)
     betas: tuple = (0.0, 0.99)           # Adam's, both networks
     summed: bool = False                 # LDM sums pixel and perceptual terms over C, H, W
     sample: bool = True                  # decode a sample of the posterior, not its mean
@@ -225,6 +226,10 @@ def main(run):
             bar.close()
         line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]      # a DataLoader worker wraps the line into a traceback
         sys.exit(f"{Path(sys.argv[0]).name}: {line}")
+    except OSError as error:             # a full disk, a folder that may not be written: the system's own line
+        if not error.strerror:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last checkpoint")
     finally:
@@ -696,7 +701,7 @@ def load_weights(path_or_url):
     try:
         return read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:           # whatever a damaged or hostile file provokes
-        raise UserError(f"cannot read weights from {path}: " + f"{type(error).__name__}: {error}".splitlines()[0])
+        raise UserError(f"cannot read weights from {path}: damaged, or of another format ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
 
 
 def load_state(module, state, name, ignore=()):
@@ -1903,7 +1908,7 @@ class Trainer:
         self.parameters = [p for group in groups.values() for p in group]
         adam = functools.partial(torch.optim.Adam, betas=(stage.betas[0] if cfg.beta1 < 0 else cfg.beta1, stage.betas[1]), fused=device.type == "cuda")
         lr = stage.lr * cfg.lr_scale * (cfg.ldm_lr if isinstance(self.tokenizer.adapter, LDMEncoder) or isinstance(self.tokenizer.decoder, LDMDecoder) else 1)
-        self.optimizer = adam([dict(params=group, lr=lr * (stage.encoder_lr if name == "encoder" else 1)) for name, group in groups.items()])
+        self.optimizer = adam([dict(params=group, lr=lr * (cfg.encoder_lr if name == "encoder" else 1)) for name, group in groups.items()])
         previous, self.gan, self.gan_optimizer = self.gan, None, None
         if cfg.gan_scale and (stage.dino or stage.patch or stage.multi):
             vit = load_vfm(cfg.disc_vfm, cfg.out, self.pretrained) if stage.dino else None
@@ -1955,7 +1960,7 @@ class Trainer:
                 vfm, tok = self.anchor["vfm"], self.tokenizer
                 anchor = self.anchor["adapter"](vfm(vfm.resize(images, scale=tok.scale_factor), tok.layers), mean.shape[-2:]).float().chunk(2, 1)[0]
             values["preserve"] = F.mse_loss(mean, anchor)
-            fixed = fixed + stage.preserve * values["preserve"]
+            fixed = fixed + stage.preserve * self.cfg.preserve_scale * values["preserve"]
         if stage.vf and self.cfg.vf_scale and "adapter" in stage.trains:
             with self.world.autocast():
                 projected = self.tokenizer.vf_proj(z)
