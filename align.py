@@ -4,7 +4,7 @@ Alignment of tokenizers and diffusion models with vision foundation models (VFMs
     python align.py                                         # CKNNA, SE-CKNNA, linear probe of out/tokenizer.pt and of each block of out/diffusion.pt
     python align.py a/tokenizer.pt b/diffusion.pt c/*.pt --reference=toy-blind      # any number, side by side; a diffusion model brings its tokenizer
     python align.py --steps=1000 --side=both                # both go on training together -> out/joint-both/, measured before and after
-    python align.py --study=1                               # the papers' claim in miniature: 7 tokenizers x 3 seeds, an hour or two on 2 cores
+    python align.py --study=1                               # the papers' claim in miniature: 6 tokenizers x 3 seeds, an hour or more on 2 cores
     torchrun --nproc_per_node=8 align.py --study=1          # its runs shared out over processes and GPUs, each independent of the others
 
 CKNNA is arXiv 2405.07987, SE-CKNNA and dual alignment VFM-VAE's (2510.18457), joint training REPA-E's (2504.10483).
@@ -65,15 +65,15 @@ class Config:
     save_interval: int = 500          # steps between checkpoints
     # the study
     study: bool = False               # run what is missing of it, then its table
-    study_methods: str = "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok,aligntok-blind"      # of METHODS
+    study_methods: str = "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok"      # of METHODS
     study_seeds: int = 3
     study_align: str = "none,repa"    # diffusion models on each tokenizer: none, repa, reg
-    study_kimg: float = 16.0          # thousands of images to each tokenizer, all stages together
-    study_steps: int = 600            # of 64 latents to each diffusion model
-    study_points: tuple = (150, 300, 600)       # steps at which it is evaluated
+    study_kimg: float = 12.0          # thousands of images to each tokenizer, all stages together
+    study_steps: int = 500            # of 64 latents to each diffusion model
+    study_points: tuple = (125, 250, 500)       # steps at which it is evaluated
     study_images: int = 12_000        # training images (there are 30,000)
     study_samples: int = 1_000        # samples of an evaluation, and held-out images
-    study_sampling: int = 20          # Euler times
+    study_sampling: int = 12          # Euler times
     study_guidance: float = 1.0       # guidance scale
 
 

@@ -398,7 +398,8 @@ class Shapes(Dataset):
         self.split, self.size, self.n = split, size, length or self.lengths[split]
         self.images = None
         if cache and self.n * 3 * size * size < 1 << 29:      # drawn once and memory-mapped by every later process
-            path = Path(cache) / f"shapes-{split}-{size}-{self.n}.npy"
+            version = hashlib.blake2b(inspect.getsource(Shapes).encode(), digest_size=3).hexdigest()      # who changes the drawing gets new ones
+            path = Path(cache) / f"shapes-{split}-{size}-{self.n}-{version}.npy"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
