@@ -4,12 +4,13 @@ Alignment of tokenizers and diffusion models with vision foundation models (VFMs
     python align.py                                         # CKNNA, SE-CKNNA, linear probe of out/tokenizer.pt and of each block of out/diffusion.pt
     python align.py a/tokenizer.pt b/diffusion.pt c/*.pt --reference=toy-blind      # any number, side by side; a diffusion model brings its tokenizer
     python align.py --steps=1000 --side=both                # both go on training together -> out/joint-both/, measured before and after
-    python align.py --study=1                               # the papers' claim in miniature: 6 tokenizers x 3 seeds, an hour or more on 2 cores
+    python align.py --study=1                               # the papers' claim in miniature: 6 tokenizers x 3 seeds, about two hours on 2 cores
     torchrun --nproc_per_node=8 align.py --study=1          # its runs shared out over processes and GPUs, each independent of the others
 
 CKNNA is arXiv 2405.07987, SE-CKNNA and dual alignment VFM-VAE's (2510.18457), joint training REPA-E's (2504.10483).
 """
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -30,11 +31,11 @@ from tqdm import tqdm
 import diffusion
 import tokenizer
 from diffusion import DiT, ImageNoise, build, fingerprint, flow_losses, full_state, load_diffusion, model_arch, train_step, vfm_tokens, write_json
-from fid import frechet_distance, load_features
+from fid import frechet_distance, full_float32, load_features
 from sample import ode
 from tokenizer import (STAGES, Images, Log, Shapes, StepSampler, Tokenizer, Trainer, UserError, average_gradients, average_weights, batch_indices,
                        build_tokenizer, init_world, load_checkpoint, load_tokenizer, load_vfm, load_weights, main, make_loader, parse_config, psnr,
-                       save_checkpoint, seed_step, stage_plan, to_float, to_uint8, update_ema, use_weights, vfm_of)
+                       save_checkpoint, seed_step, stage_plan, to_float, to_uint8, update_ema, use_weights, vfm_of, write_text)
 
 
 @dataclass
@@ -68,9 +69,9 @@ class Config:
     study_methods: str = "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok"      # of METHODS
     study_seeds: int = 3
     study_align: str = "none,repa"    # diffusion models on each tokenizer: none, repa, reg
-    study_kimg: float = 12.0          # thousands of images to each tokenizer, all stages together
-    study_steps: int = 500            # of 64 latents to each diffusion model
-    study_points: tuple = (125, 250, 500)       # steps at which it is evaluated
+    study_kimg: float = 28.0          # thousands of images to each tokenizer, all stages together
+    study_steps: int = 1_500          # of 64 latents to each diffusion model
+    study_points: tuple = (375, 750, 1_500)     # steps at which it is evaluated
     study_images: int = 12_000        # training images (there are 30,000)
     study_samples: int = 1_000        # samples of an evaluation, and held-out images
     study_sampling: int = 12          # Euler times
@@ -180,6 +181,8 @@ def load_subjects(paths, world):
             subject(path)
             continue
         owner = subject(tokenizer_beside(path, entries))
+        if entries["arch"]["in_channels"] != owner.tokenizer.z_dim:
+            raise UserError(f"{path} is for latents of {entries['arch']['in_channels']} channels, {owner.name} has {owner.tokenizer.z_dim}: it was trained on another tokenizer")
         if "pair" in entries and entries["pair"] != fingerprint(owner.tokenizer):
             raise UserError(f"{path} was trained jointly with another {owner.name}: the two files are of different steps or runs")
         align = entries["config"]["align_vfm"] if entries["arch"]["cls_dim"] else ""
@@ -227,19 +230,15 @@ def transformed(images, indices, scales, seed):
 
 def pooled_features(subjects, vfms, images):
     """Yields (key, [B, D] averaged over positions) of images [B, 3, s, s]; keys are ("vfm", name), (tokenizer's name, "latents"), (diffusion model's
-    name, "block 1"), ... A VFM sees the images at the size that gives it a token for each position of the first tokenizer's latents, REPA's way; the one
-    inside a tokenizer at that tokenizer's."""
+    name, "block 1"), ... A VFM sees the images at the size that gives it a token for each position of the first tokenizer's latents, REPA's way."""
     side, cls = images.shape[-1], {}
-    inside = {subject.vfm for subject in subjects if subject.tokenizer.vfm is not None and vfms.get(subject.vfm) is subject.tokenizer.vfm}
-    for name in [name for name in vfms if name not in inside]:
+    for name in vfms:
         tokens = vfm_tokens(vfms[name], images, side // subjects[0].tokenizer.downsample)
         cls[name] = tokens[:, 0]
         yield ("vfm", name), tokens[:, int(vfms[name].cls_token is not None):].mean(1)
     for subject in subjects:
         net = subject.tokenizer
         levels = net.features(images)
-        if subject.vfm in inside:        # read off the encoder, which runs anyway
-            yield ("vfm", subject.vfm), levels[-1].float().mean(1)
         # `encode` without its check: what the decoder demands of the size does not matter here
         z = net.moments(levels, side, side).float().chunk(2, 1)[0]
         yield (subject.name, "latents"), z.mean((2, 3))
@@ -259,6 +258,7 @@ def fits(subjects, side):
 
 
 @torch.inference_mode()
+@full_float32()
 def measure(subjects, vfms, images, labels, indices, cfg, world):
     """CKNNA of every part of every subject against every VFM, in each condition -> rows: dict(name, part, step, vfm, conditions..., SE-CKNNA, probe).
 
@@ -302,13 +302,16 @@ def measure(subjects, vfms, images, labels, indices, cfg, world):
 def report(paths, cfg, world, folder):
     """Measures checkpoints on held-out images; prints the table, writes align.json and align.png into `folder` -> rows."""
     subjects, vfms = load_subjects(paths, world)
-    class_tokens = [n.vfm for s in subjects for n in s.networks]                 # which an encoder's patch features don't hold
-    for name in filter(None, dict.fromkeys([s.vfm for s in subjects] + class_tokens + cfg.reference.split(","))):
-        if name not in vfms or name in class_tokens:
+    networks = [network for subject in subjects for network in subject.networks]
+    for name in filter(None, dict.fromkeys([s.vfm for s in subjects] + [n.vfm for n in networks] + cfg.reference.split(","))):
+        if name not in vfms:
             vfms[name] = load_vfm(name, cfg.out).to(world.device)
     if not vfms:
         raise UserError("none of these tokenizers tells of a VFM; give one to compare with: --reference=NAME")
     size = cfg.image_size or subjects[0].tokenizer.resolution
+    trained = subjects[0].tokenizer.about.get("config", {}).get("data", cfg.data)
+    if trained != cfg.data and world.rank == 0:
+        print(f"note: {subjects[0].name} was trained on {trained}; --data={trained} measures there")
     data = Images(cfg.data, "val", size, cfg.data_dir, cfg.download, cache=cfg.out)
     indices = np.linspace(0, len(data) - 1, min(cfg.images, len(data))).astype(int)
     if len(indices) < 4:
@@ -319,7 +322,8 @@ def report(paths, cfg, world, folder):
         left_out = [scale for scale in SCALES if scale not in scales]
         listed = lambda values: ", ".join(f"{value:g}" for value in values)
         print(f"{len(indices):,} held-out images of {cfg.data}, {size} px, k = {cfg.k}; equivariance: quarter turns and scales {listed(scales)}"
-              + (f" ({listed(left_out)} do not fit the grids of all models)" if left_out else ""))
+              + (f" ({listed(left_out)} do not fit the grids of all models)" if left_out else "")
+              + ("; blocks of models with a class token are given the VFM's, which flatters them" if any(n.dit.cls_dim for n in networks) else ""))
         columns = *CONDITIONS, "SE-CKNNA", "probe"
         width = max(len(f"{row['name']} {row['part']}") for row in rows) + 2
         print(f"{'':{width}}{'against':16}" + "".join(f"{column:>14}" for column in columns))
@@ -526,7 +530,8 @@ def train(cfg, paths, world):
 
     # the diffusion model, with a projection if it has none; both begin with new optimizers
     dit_cfg, arch = diffusion.Config(**dit_entries["config"]), dit_entries["arch"]
-    dit_cfg = dataclasses.replace(dit_cfg, seed=cfg.seed, compile=0, align="repa" if dit_cfg.align == "none" and cfg.side != "none" else dit_cfg.align)
+    dit_cfg = dataclasses.replace(dit_cfg, seed=cfg.seed, compile=0, fsdp=False, align="repa" if dit_cfg.align == "none" and cfg.side != "none" else dit_cfg.align,
+                                  encoder_depth=min(dit_cfg.encoder_depth, arch["depth"]))
     align_vfm = load_vfm(dit_cfg.align_vfm, cfg.out).to(world.device) if dit_cfg.align != "none" else None
     if align_vfm is not None and not arch["z_dim"]:
         arch = dict(arch, z_dim=align_vfm.embed_dim, projector_dim=dit_cfg.projector_dim, encoder_depth=dit_cfg.encoder_depth)
@@ -589,11 +594,13 @@ def train(cfg, paths, world):
         losses = trainer.joint_step(loader, step, step * cfg.batch_size)
         average_weights(decoder, net, images + (step + 1) * cfg.batch_size, cfg.batch_size, tok_cfg.ema_kimg)
         log.bar.update()
-        if (step + 1) % cfg.log_interval == 0:
+        saving = (step + 1) % cfg.save_interval == 0 or step + 1 == cfg.steps
+        if (step + 1) % cfg.log_interval == 0 or saving:
+            losses = {name: world.mean(value.to(world.device)) for name, value in losses.items()}
             log.write(step + 1, (step + 1) * cfg.batch_size, **losses)
             if not math.isfinite(losses["velocity"]):
                 raise UserError(f"the velocity loss is {float(losses['velocity'])} at step {step + 1}; the checkpoints in {folder} are as they were")
-        if (step + 1) % cfg.save_interval == 0 or step + 1 == cfg.steps:
+        if saving:
             save(step + 1)
     log.bar.close()
     return [path, after]
@@ -602,13 +609,14 @@ def train(cfg, paths, world):
 # -----------------------------------------------------------------------------
 # The study: which tokenizers diffuse well, at equal budgets?
 
-# Nothing but the method differs: decoder, images, batches and learning rate (one at which all learn) are the same, and no reconstruction loss
-# looks at a VFM. The blind methods' VFM has never been told an image's class, on which the diffusion models are conditioned and judged.
+# Decoder, images, batches, optimizer and learning rate (one at which all learn) are the same, and no reconstruction loss looks at a VFM; what differs
+# is the encoder and the recipe's stages and losses. The blind methods' VFM has never been told an image's class, on which the diffusion models are
+# conditioned and judged.
 METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
 for method in "vavae", "vfmvae", "aligntok":
     METHODS[method], METHODS[f"{method}-blind"] = dict(method=method), dict(method=method, vfm="toy-blind")
-QUALITIES = "SE-CKNNA", "CKNNA", "SE-CKNNA to toy", "CKNNA to toy", "probe", "PSNR", "rFD"      # of a tokenizer, before any diffusion model
-OUTCOMES = "gFD", "accuracy"
+QUALITIES = "SE-CKNNA", "CKNNA", "SE-CKNNA to toy", "SE-CKNNA to toy-blind", "probe", "PSNR", "rFD", "rAccuracy"     # of a tokenizer, before any diffusion model
+OUTCOMES = "gFD", "gFD to reconstructions", "accuracy"
 
 
 class Study:
@@ -627,6 +635,7 @@ class Study:
         self.real_accuracy = (predicted == self.val_labels).double().mean().item()
 
     @torch.no_grad()
+    @full_float32()
     def look(self, images):
         """uint8 images -> (mean, covariance) of the judge's features, predicted classes [n]."""
         features, _, logits = map(list, zip(*(self.judge(part) for part in images.split(500))))
@@ -648,7 +657,7 @@ class Study:
         """Trains one -> Tokenizer with averaged weights, its Config. `tokenizer.train` without its files, and with its data on the device."""
         cfg, world = self.cfg, self.world
         tok_cfg = tokenizer.Config(**METHODS[method], seed=seed, kimg=cfg.study_kimg, decoder="vfmvae", lr_scale=6.0, ldm_lr=1.0, lpips_scale=0.0,
-                                   out=cfg.out, compile=False)
+                                   vf_scale=1.0, out=cfg.out, compile=False)
         seed_step(seed, -1)
         net, vfm = build_tokenizer(tok_cfg)
         plan, scale = stage_plan(tok_cfg)
@@ -656,7 +665,8 @@ class Study:
         ema = {name: p.detach().clone() for name, p in net.named_parameters()}
         for number, stage, first, last in plan:
             seed_step(seed, -1 - number)
-            trainer.start_stage(stage)
+            # VFM-VAE's first VF weight of 5 holds the toy's reconstructions at 15 dB
+            trainer.start_stage(dataclasses.replace(stage, betas=(0.9, 0.99), vf=min(stage.vf, 1.0)))
             net.load_state_dict({name: ema[name] for name, p in net.named_parameters() if not p.requires_grad}, strict=False)        # as train does
             first, last = first // tok_cfg.batch_size, last // tok_cfg.batch_size
             for step, index in enumerate(self.order(tok_cfg.batch_size, seed, first, last), first):
@@ -701,7 +711,7 @@ class Study:
             latents, held_out = (torch.cat([net.encode(to_float(part))[0] for part in images.split(500)]) for images in (self.train, self.val))
             with self.world.autocast():
                 decoded = torch.cat([to_uint8(net.decode(z)) for z in held_out.split(500)])
-        reconstructed, _ = self.look(decoded)
+        reconstructed, recognised = self.look(decoded)
         mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
         latents = (latents - mean) / std
         subject, points = Subject(method, net, tok_cfg.vfm), {}
@@ -710,10 +720,11 @@ class Study:
             subject.networks.append(Network(align, dit, mean.flatten(), std.flatten(), cfg.study_steps, tok_cfg.vfm))
         read = lambda rows: self.val[torch.as_tensor(rows, device=self.val.device)]
         rows, scales = measure([subject], self.vfms, read, self.val_labels, self.indices[1], cfg, self.world)
-        own, toy = (next(row for row in rows if row["part"] == "latents" and row["vfm"] == name) for name in (tok_cfg.vfm, "toy"))
+        own, toy, blind = (next(row for row in rows if row["part"] == "latents" and row["vfm"] == name) for name in (tok_cfg.vfm, "toy", "toy-blind"))
         return {"method": method, "seed": seed, "settings": settings_of(cfg), "seconds": time.time() - started, "judge": self.real_accuracy,
                 "PSNR": psnr(to_float(self.val), to_float(decoded)).mean().item(), "rFD": frechet_distance(*reconstructed, *self.real),
-                "CKNNA": own["clean"], "SE-CKNNA": own["SE-CKNNA"], "CKNNA to toy": toy["clean"], "SE-CKNNA to toy": toy["SE-CKNNA"],
+                "rAccuracy": (recognised == self.val_labels).double().mean().item(), "CKNNA": own["clean"], "SE-CKNNA": own["SE-CKNNA"],
+                "SE-CKNNA to toy": toy["SE-CKNNA"], "SE-CKNNA to toy-blind": blind["SE-CKNNA"],
                 "probe": own["probe"], "points": points, "alignment": rows, "scales": scales}
 
 
@@ -734,19 +745,21 @@ def study_report(cfg, folder, wanted):
     lines = [f"{len(results)} of {len(wanted)} runs; mean ± standard deviation over seeds. Each tokenizer: {cfg.study_kimg:g} thousand images, VFM-VAE's decoder for "
              f"all, latents 4 x 4 x 32 (vae-8: x 8); each diffusion model: {cfg.study_steps:,} steps of 64, {cfg.study_samples:,} samples of {cfg.study_sampling} Euler times, "
              f"guidance {cfg.study_guidance:g}. FD: the Frechet distance of the toy classifier's features; gFD against real held-out images, in brackets against the "
-             "tokenizer's own reconstructions. Accuracy: the share of samples that the classifier recognises as the class asked for (of real images: "
-             f"{np.mean([r['judge'] for r in results]):.1%}). CKNNA is against the tokenizer's own VFM (vae: toy), which is also the one that diffusion models are aligned "
-             "to; blind: one that was never told the class."]
+             "tokenizer's own reconstructions. Accuracy: the share of samples that the classifier recognises as the class asked for (of real images "
+             f"{np.mean([r['judge'] for r in results]):.1%}; of reconstructions: rAccuracy, the most that samples can be expected to reach). CKNNA is against the "
+             "tokenizer's own VFM (vae: toy), which is also the one that diffusion models are aligned to; blind: one that was never told the class. The VFMs and the "
+             "classifier are trained once: the spread leaves them out. The learning rate falls over the second half of diffusion training."]
     lines += head("tokenizer", *QUALITIES)
     lines += [line(method, *(spread([r[key] for r in of(method)], 2 if key in ("PSNR", "rFD") else 3) for key in QUALITIES)) for method in methods]
-    lines += head("tokenizer", "alignment", *(f"{outcome} at {step:,}" for outcome in OUTCOMES for step in sorted(cfg.study_points)))
+    lines += head("tokenizer", "alignment", *(f"{outcome} at {step:,}" for outcome in ("gFD", "accuracy") for step in cfg.study_points))
     for method in methods:
         for align in aligns:
             at = lambda i, key, digits: spread([r["points"][align][i][key] for r in of(method)], digits)
             lines.append(line(method, align, *(f"{at(i, 'gFD', 1)} ({at(i, 'gFD to reconstructions', 1)})" for i in points), *(at(i, "accuracy", 3) for i in points)))
     rho = {}
     if len(results) > 2:
-        lines += ["", f"Spearman's rank correlation, over the {len(results)} runs, of what is known before diffusion with what comes of it:"]
+        lines += ["", f"Spearman's rank correlation, over the {len(results)} runs (of {len(methods)} methods: seeds are not independent), of what is known before diffusion with what "
+                  "comes of it. Of gFD and rFD less is better: where SE-CKNNA helps, its sign with gFD is negative."]
         lines += head("with the final", "alignment", *QUALITIES)
         for outcome in OUTCOMES:
             for align in aligns:
@@ -755,14 +768,13 @@ def study_report(cfg, folder, wanted):
                 rho.setdefault(align, {})[outcome] = found
                 lines.append(line(outcome, align, *(f"{found[quality]:+.2f}" for quality in QUALITIES)))
     text = "\n".join(lines) + "\n"
-    (folder / "table.tmp").write_text(text)
-    os.replace(folder / "table.tmp", folder / "table.md")
+    write_text(folder / "table.md", text)
     write_json(folder / "results.json", dict(runs=results, spearman=rho))
     panels = []
     for outcome in OUTCOMES:
         for align in aligns:
             curves = {method: np.array([[p[outcome] for p in r["points"][align]] for r in of(method)]) for method in methods}
-            series = {method: (sorted(cfg.study_points), c.mean(0).tolist(), c.std(0, ddof=1).tolist() if len(c) > 1 else None) for method, c in curves.items()}
+            series = {method: (cfg.study_points, c.mean(0).tolist(), c.std(0, ddof=1).tolist() if len(c) > 1 else None) for method, c in curves.items()}
             panels.append(dict(title=f"{outcome}, diffusion model's alignment: {align}", x="diffusion steps", y=outcome, series=series))
     chart(folder / "study.png", panels, columns=len(aligns))
     return text
@@ -777,17 +789,20 @@ def study(cfg):
     methods, aligns = cfg.study_methods.split(","), cfg.study_align.split(",")
     if unknown := [f"--study_methods={m}" for m in methods if m not in METHODS] + [f"--study_align={a}" for a in aligns if a not in ("none", "repa", "reg")]:
         raise UserError(f"{unknown[0]}: there are {', '.join(METHODS)}; none, repa, reg")
-    if not cfg.study_points or max(cfg.study_points) > cfg.study_steps or cfg.study_samples < 4:
-        raise UserError("--study_points must lie within --study_steps, and --study_samples be 4 at least")
+    if not cfg.study_points or sorted(set(cfg.study_points)) != [*cfg.study_points] or not 1 <= cfg.study_points[0] <= cfg.study_points[-1] <= cfg.study_steps:
+        raise UserError("--study_points must rise from 1 at least to --study_steps at most")
+    if cfg.study_samples < 4 or cfg.study_seeds < 1 or cfg.study_sampling < 2 or cfg.study_kimg <= 0:
+        raise UserError("the study takes --study_samples of 4 at least, --study_seeds of 1, --study_sampling of 2, --study_kimg above 0")
     runs = [(method, cfg.seed + k) for k in range(cfg.study_seeds) for method in methods]
     paths = {run: folder / f"{run[0]}-{run[1]}" / "result.json" for run in runs}
     for path in paths.values():
         if path.exists() and json.loads(path.read_text())["settings"] != settings_of(cfg):
             raise UserError(f"{path} is of a study with other settings: give another --out, or remove {folder}")
     shared = [Path(cfg.out) / name for name in ("vfm-toy.pt", "vfm-toy-blind.pt", "classifier.pt")]
-    while rank and not all(path.exists() for path in shared):                    # made by the first process, once
-        time.sleep(1)
-    common = Study(cfg, world) if not all(path.exists() for path in paths.values()) else None
+    if not all(path.exists() for path in paths.values()):
+        while rank and not all(path.exists() for path in shared):                # made by the first process, once
+            time.sleep(1)
+        common = Study(cfg, world)
     for run in runs[rank::size]:
         if not paths[run].exists():
             result = common.run(*run)
@@ -814,7 +829,7 @@ def split_paths(argv):
     flags, paths, items = [], [], iter(argv)
     for item in items:
         if item.startswith("-"):
-            flags += [item] if "=" in item or item in ("-h", "--help") else [item, next(items, "")]
+            flags += [item] if "=" in item or item in ("-h", "--help") else [item, *itertools.islice(items, 1)]
         else:
             paths.append(item)
     return flags, paths

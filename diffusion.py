@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizer import (PEAK_FLOPS, Images, Log, StepSampler, UserError, init_world, load_checkpoint, load_state, load_tokenizer, load_vfm, load_weights, main,
-                       make_loader, parse_config, save_checkpoint, save_grid, seed_step, to_float, update_ema)
+                       make_loader, parse_config, save_checkpoint, save_grid, seed_step, to_float, update_ema, write_text)
 
 sys.modules.setdefault("diffusion", sys.modules[__name__])      # as a script: sample.py must not import a second copy
 
@@ -104,10 +104,10 @@ class Config:
 
 
 IMAGENET = dict(data="data/imagenet", model="XL", batch_size=1024, steps=100_000, lr=2e-4, warmup=0, cooldown=0.0, ema=0.9999, workers=8, encode_batch=64,
-                val_images=4_096, log_interval=100, val_interval=5_000, sample_interval=5_000, save_interval=5_000)
+                align_vfm="dinov2_vitb14", encoder_depth=8, projector_dim=2048, val_images=4_096, log_interval=100, val_interval=5_000, sample_interval=5_000, save_interval=5_000)
 PRESETS = {"toy": {}, "imagenet": IMAGENET,
-           "reg": dict(IMAGENET, arch="sit", qk_norm=True, times="uniform", cosine_weight=0.0, align="reg", align_vfm="dinov2_vitb14", encoder_depth=8,
-                       projector_dim=2048, cache_features=False)}     # its tokens of ImageNet and the mirror images are a terabyte
+           "reg": dict(IMAGENET, arch="sit", qk_norm=True, times="uniform", cosine_weight=0.0, align="reg",
+                       cache_features=False)}     # its tokens of ImageNet and the mirror images are a terabyte
 
 SIZES = {"toy": (4, 128, 4), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "1.0B": (24, 1536, 24), "1.6B": (28, 1792, 28)}     # depth, width, heads
 
@@ -407,9 +407,7 @@ def read_json(path):
 
 
 def write_json(path, value):
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1))
 
 
 def cache_latents(folder, tokenizer, images, world, indices=None, dtype="bf16", posterior=False, vfm=None, grid=None, batch=100, workers=0):

@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import http.client
 import inspect
 import json
 import math
@@ -98,7 +99,7 @@ class Config:
     lpips_weights: str = ""              # VGG16 and LPIPS linear layers, comma-separated files; empty: fetch the public ones
     disc_vfm: str = "toy"                # the frozen ViT under the projected discriminator
     ndf: int = 16                        # PatchGAN's base channels
-    seed: int = 0
+    seed: int = 0                        # of weights, batches, noise
     compile: bool = torch.cuda.is_available()   # torch.compile the networks
     log_interval: int = 20               # steps
     grid_interval: int = 500             # steps between pictures of reconstructions
@@ -181,7 +182,7 @@ def parse_config(Config, presets, argv=None, positional=()):
     given without a flag. Exits with status 2 and one line for an unknown flag or a value of the wrong type.
     """
     def boolean(text):
-        return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+        return ("0", "false", "1", "true").index(text.lower()) > 1        # ValueError: argparse's complaint
 
     def integers(text):
         return tuple(int(part) for part in text.split(",") if part)
@@ -286,7 +287,7 @@ def save_checkpoint(path, **entries):
     """Writes to a temporary name, then renames: a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         torch.save(entries, temporary)
         os.replace(temporary, path)
@@ -310,7 +311,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 def write_text(path, text):
     """Whole or not at all."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 
@@ -396,9 +397,9 @@ class Shapes(Dataset):
 
     def __init__(self, split, size=32, length=None, cache=None):
         self.split, self.size, self.n = split, size, length or self.lengths[split]
-        self.images = None
+        self.images, self.labels = None, self.targets()
         if cache and self.n * 3 * size * size < 1 << 29:      # drawn once and memory-mapped by every later process
-            version = hashlib.blake2b(inspect.getsource(Shapes).encode(), digest_size=3).hexdigest()      # who changes the drawing gets new ones
+            version = hashlib.blake2b(self.draw(np.arange(16)), digest_size=3).hexdigest()      # who changes the drawing gets new ones
             path = Path(cache) / f"shapes-{split}-{size}-{self.n}-{version}.npy"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -415,7 +416,7 @@ class Shapes(Dataset):
 
     def __getitem__(self, index):
         image = self.images[index] if self.images is not None else self.draw(np.array([index]))[0]
-        return torch.from_numpy(np.array(image)), int(self.attributes([index])["shape"][0])
+        return torch.from_numpy(np.array(image)), int(self.labels[index])
 
     def targets(self):
         return self.attributes(np.arange(self.n))["shape"]
@@ -573,7 +574,8 @@ class Images(Dataset):
             else:
                 keywords["split"] = split if split == "train" or data == "ImageNet" else "test"
             try:
-                self.source = Source(**keywords)
+                with alone(os.path.join(folder, data)) if download else contextlib.nullcontext():
+                    self.source = Source(**keywords)
             except Exception as error:
                 raise UserError(f"torchvision's {data} under {folder}: {error}".replace("\n", " ") + ("" if download else " (--download=1 fetches it)"))
             labels = getattr(self.source, "targets", getattr(self.source, "labels", getattr(self.source, "_labels", None)))
@@ -683,6 +685,20 @@ def read_safetensors(path):
     return tensors
 
 
+@contextlib.contextmanager
+def alone(path):
+    """One process of this machine at a time: eight ranks fetch a file once."""
+    try:
+        import fcntl
+    except ImportError:                  # Windows
+        yield
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def load_weights(path_or_url):
     """The contents of a .pt, .pth, .ckpt, .bin or .safetensors file, tensors on the CPU; never unpickles code (`weights_only`).
 
@@ -691,11 +707,11 @@ def load_weights(path_or_url):
     path = str(path_or_url)
     if path.startswith(("https://", "http://")):
         url, path = path, os.path.join(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "-", path.split("//")[1].rsplit("/", 1)[0]) + "-" + os.path.basename(path))
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with alone(path):
             try:
-                torch.hub.download_url_to_file(url, path)
-            except OSError as error:
+                if not os.path.exists(path):
+                    torch.hub.download_url_to_file(url, path)
+            except (OSError, http.client.HTTPException) as error:
                 raise UserError(f"cannot fetch {url} ({error}); get it elsewhere and give its path (--vfm, --disc_vfm, --lpips_weights, --inception)")
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
@@ -845,14 +861,16 @@ class ViT(nn.Module):
         else:
             x = x + positions
         last = self.depth if -1 in layers else max(layers)
-        states = {0: x}
+        states = {0: x} if 0 in layers else {}
         for i, block in enumerate(self.blocks[:last], 1):
-            x = states[i] = block(x)
+            x = block(x)
+            if i in layers:
+                states[i] = x
         if -1 in layers:
             states[-1] = self.norm(x)
         if cls:                                  # without registers; a model without a class token has none to keep
             return [torch.cat([states[i][:, :1], states[i][:, extra:]], 1) if extra > 1 else states[i] for i in layers]
-        level0 = states[0][:, extra:] if raw is None else F.pixel_unshuffle(raw, self.patch_size // 2).flatten(2).transpose(1, 2)
+        level0 = None if 0 not in layers else states[0][:, extra:] if raw is None else F.pixel_unshuffle(raw, self.patch_size // 2).flatten(2).transpose(1, 2)
         return [level0 if i == 0 else states[i][:, extra:] for i in layers]
 
 
@@ -998,6 +1016,8 @@ class ProjectionAttention(nn.Module):
         super().__init__()
         self.num_heads, self.d_out, self.narrow = num_heads, d_out, d_in > d_out
         inner = max(d_in, d_out)
+        if inner % num_heads:
+            raise ValueError(f"{num_heads} attention heads do not divide {inner} channels")
         self.qkv = nn.Linear(d_in, 3 * inner, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(inner)), nn.Parameter(torch.zeros(inner))
         self.proj = nn.Linear(d_out, d_out)
@@ -1042,19 +1062,16 @@ class AttnProjection(nn.Module):
 class LevelAdapter(nn.Module):
     """VFM-VAE's: each level D_i -> d_i, space to depth onto the latent grid, concatenated, -> 2 C moments."""
 
-    def __init__(self, in_dims, level_dims, folds, z_dim):
+    def __init__(self, in_dims, level_dims, fold, z_dim):
         super().__init__()
         self.levels = nn.ModuleList(AttnProjection(D, d, max(1, D // d)) for D, d in zip(in_dims, level_dims))
-        fused = sum(d * fold ** 2 for d, fold in zip(level_dims, folds))
+        self.fold, fused = fold, sum(level_dims) * fold ** 2
         self.fuse = AttnProjection(fused, 2 * z_dim, max(1, fused // (2 * z_dim)))
 
     def forward(self, features, grid):
-        levels = []
-        for level, tokens in zip(self.levels, features):
-            fold = math.isqrt(tokens.shape[1] // (grid[0] * grid[1]))
-            x = level(tokens).transpose(1, 2).unflatten(2, (grid[0] * fold, grid[1] * fold))
-            levels.append(F.pixel_unshuffle(x, fold).flatten(2))
-        return self.fuse(torch.cat(levels, 1).transpose(1, 2)).transpose(1, 2).unflatten(2, grid)
+        x = torch.cat([level(tokens) for level, tokens in zip(self.levels, features)], 2).transpose(1, 2)
+        x = F.pixel_unshuffle(x.unflatten(2, [side * self.fold for side in grid]), self.fold).flatten(2)
+        return self.fuse(x.transpose(1, 2)).transpose(1, 2).unflatten(2, grid)
 
     def last_weight(self):               # at which VFM-VAE compares gradients
         return self.fuse.mlp.w2.weight
@@ -1140,7 +1157,7 @@ class Upsample(nn.Module):
         x = self.norm(x) if self.norm_first else x
         x = F.pixel_shuffle(self.pointwise(self.depthwise(x)), 2)
         x = x if self.norm_first else self.norm(x)
-        return F.conv2d(F.pad(x, [self.blur.shape[-1] // 2] * 4, mode="replicate"), self.blur.to(x.dtype), groups=len(self.blur))
+        return F.conv2d(F.pad(x, [self.blur.shape[-1] // 2] * 4, mode="replicate"), self.blur, groups=len(self.blur))
 
 
 class ConvNeXtLayer(nn.Module):
@@ -1191,6 +1208,8 @@ class DecoderAttention(nn.Module):
 
     def __init__(self, dim, num_heads=8):
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{num_heads} attention heads do not divide {dim} channels")
         self.num_heads = num_heads
         self.norm = ChannelNorm(dim)
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Conv2d(dim, dim, 1, bias=False) for _ in range(4))
@@ -1245,6 +1264,8 @@ class VFMVAEDecoder(nn.Module):
         self.mapping = nn.Sequential(EqualLinear(dim, dim, 0.01), nn.LeakyReLU(0.2), EqualLinear(dim, w_dim, 0.01))
         self.fusions, self.blocks = nn.ModuleList(), nn.ModuleList()
         self.granularity = 2 ** len(widths) // downsample         # the latent grid must be a multiple of it
+        if not self.granularity:
+            raise UserError(f"{len(widths)} decoder blocks cannot double their way to {downsample} times the latents; see --widths, --downsample")
         for i, width in enumerate(widths):
             fused = fuse_dims[i] if i < len(fuse_dims) else 0
             if fused:
@@ -1357,7 +1378,7 @@ class LDMEncoder(nn.Module):
         super().__init__()
         z_channels, widths = z_channels or z_dim, [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.down = nn.ModuleList(ldm_level(widths[max(0, i - 1)] if i else ch, width, num_res_blocks, groups, i in attn_levels, i < len(widths) - 1, up=False)
+        self.down = nn.ModuleList(ldm_level(widths[i - 1] if i else ch, width, num_res_blocks, groups, i in attn_levels, i < len(widths) - 1, up=False)
                                   for i, width in enumerate(widths))
         self.mid = ldm_middle(widths[-1], groups)
         self.norm_out, self.conv_out = ldm_norm(widths[-1], groups), nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
@@ -1425,9 +1446,11 @@ class Tokenizer(nn.Module):
         self.vfm = ViT(**vfm).eval() if vfm else None        # the toy's stem has BatchNorms: their statistics stay as they are, also while the VFM is trained
         if vfm and not all(-1 <= i <= self.vfm.depth for i in layers):
             raise UserError(f"layers {','.join(map(str, layers))}: this VFM has blocks 1 to {self.vfm.depth} (0: the embedding, -1: the normalised last)")
+        fold = downsample * scale_factor / self.vfm.patch_size if vfm else 1
+        if fold < 1 or fold != round(fold) or fold > 1 and not level_dims:
+            raise UserError(f"the VFM's tokens are {fold:g} times as fine as the latents: AlignTok's adapter takes 1, VFM-VAE's 1, 2, 3, ...; see --scale_factor, --downsample")
         if vfm and level_dims:
-            folds = [max(1, round(downsample * scale_factor / self.vfm.patch_size))] * len(layers)
-            self.adapter = LevelAdapter([self.vfm.level0_dim if i == 0 else self.vfm.embed_dim for i in layers], level_dims, folds, z_dim)
+            self.adapter = LevelAdapter([self.vfm.level0_dim if i == 0 else self.vfm.embed_dim for i in layers], level_dims, round(fold), z_dim)
         elif vfm:
             self.adapter = PointwiseAdapter(self.vfm.embed_dim, adapter_hidden or self.vfm.embed_dim, z_dim)
         else:
@@ -1703,6 +1726,8 @@ class ProjectedDiscriminator(nn.Module):
 
     def __init__(self, vit):
         super().__init__()
+        if vit.cls_token is None:
+            raise UserError("the projected discriminator needs a ViT with a class token: another --disc_vfm")
         self.vit = vit
         step = max(1, vit.depth // 4)
         self.layers = tuple(range(0, vit.depth + 1, step))
@@ -1819,12 +1844,15 @@ def build_tokenizer(cfg, pretrained=True):
     """The untrained Tokenizer of a Config, around its pretrained VFM -> (tokenizer, VF loss's VFM or None)."""
     name, scale = vfm_of(cfg)
     stages = STAGES[cfg.method]
-    vfm = load_vfm(name, cfg.out, pretrained) if cfg.method != "vae" else None
+    vf = bool(cfg.vf_scale) and any(stage.vf for stage in stages)
+    vfm = load_vfm(name, cfg.out, pretrained) if vf or cfg.method in ("vfmvae", "aligntok") else None
     ldm = dict(ch=cfg.ch, ch_mult=list(cfg.ch_mult), num_res_blocks=cfg.ldm_blocks, attn_levels=[len(cfg.ch_mult) - 1] * cfg.ldm_attention, groups=cfg.groups)
     arch = dict(resolution=cfg.image_size, downsample=cfg.downsample, z_dim=cfg.z_dim, scale_factor=1.0, encoder=ldm,
-                vf_dim=vfm.embed_dim if cfg.vf_scale and any(stage.vf for stage in stages) else 0)
+                vf_dim=vfm.embed_dim if vf else 0)
     if cfg.method in ("vfmvae", "aligntok"):
         layers = cfg.layers if cfg.method == "vfmvae" else (-1,)
+        if not layers or layers[-1] != -1:
+            raise UserError(f"--layers={','.join(map(str, layers))} must end with -1, the VFM's output, which the VF loss reads")
         arch.update(vfm=vfm.config, scale_factor=scale, layers=list(layers), encoder=None)
     if cfg.method == "vfmvae":
         arch.update(level_dims=[cfg.level_dim] * len(layers))
@@ -1837,12 +1865,11 @@ def build_tokenizer(cfg, pretrained=True):
             raise UserError(f"--ch_mult={','.join(map(str, cfg.ch_mult))} downsamples by {2 ** (len(cfg.ch_mult) - 1)}, but --downsample={cfg.downsample}")
     try:
         tokenizer = Tokenizer(**arch)
-    except ValueError as error:          # PyTorch's, of channels that groups do not divide
+    except ValueError as error:          # of channels that groups or heads do not divide
         raise UserError(f"no network has these widths: {error}")
     tokenizer.check_size(cfg.image_size, cfg.image_size)
     if tokenizer.vfm is not None:
-        tokenizer.vfm.load_state_dict(vfm.state_dict())
-        vfm = None                       # the loss reads the encoder's own features
+        tokenizer.vfm, vfm = vfm, None   # the loss reads the encoder's own features
     return tokenizer, vfm
 
 
@@ -1873,7 +1900,7 @@ def average_weights(averages, module, images, batch, half_kimg):
     """Moves the averages {name: tensor} of the weights that are being trained towards them; half-life in thousands of images, at most 5% of those seen."""
     live = dict(module.named_parameters())
     names = [name for name in averages if live[name].requires_grad]
-    torch._foreach_lerp_([averages[name] for name in names], [live[name].detach() for name in names], 1 - 0.5 ** (batch / min(half_kimg * 1000, 0.05 * images)))
+    torch._foreach_lerp_([averages[name] for name in names], [live[name].detach() for name in names], 1 - 0.5 ** (batch / max(1e-3, min(half_kimg * 1000, 0.05 * images))))
 
 
 class Trainer:
@@ -1888,7 +1915,9 @@ class Trainer:
         self.perceptual_net = None
         if any(stage.lpips for stage in STAGES[cfg.method]) and cfg.lpips_scale:
             self.perceptual_net = (LPIPS(cfg.lpips_weights if pretrained else None) if cfg.perceptual == "lpips" else FeatureDistance(load_vfm(cfg.perceptual, cfg.out, pretrained))).to(world.device)
-        self.shares = isinstance(self.perceptual_net, FeatureDistance) and (cfg.perceptual, 1) == vfm_of(cfg)
+        # a VFM that is trained is no longer the perceptual distance's
+        self.shares = (isinstance(self.perceptual_net, FeatureDistance) and (cfg.perceptual, 1) == vfm_of(cfg)
+                       and not any("encoder" in stage.trains for stage in STAGES[cfg.method]))
         self.pretrained, self.anchor, self.gan, self.length_scale = pretrained, None, None, length_scale
         self.stamp = lambda part: None   # `bench` puts a stopwatch here
         if cfg.compile:
@@ -1897,7 +1926,7 @@ class Trainer:
             for module in (tokenizer.vfm, vfm, self.perceptual_net):
                 if module is not None:
                     module.compile(dynamic=False)
-            for module in (tokenizer.adapter, tokenizer.decoder):        # all but the last layer, at which gradients are compared
+            for module in (tokenizer.adapter, tokenizer.decoder):        # of LDM's all but the last layer, at which gradients are compared
                 if hasattr(module, "body"):
                     module.body = torch.compile(module.body, dynamic=False)
 
@@ -1922,6 +1951,8 @@ class Trainer:
         self.anchor = self.anchor if stage.preserve else None
         if stage.preserve and self.anchor is None:      # the frozen stage-1 encoder of AlignTok's semantic preservation loss
             self.anchor = copy.deepcopy(nn.ModuleDict(dict(vfm=self.tokenizer.vfm, adapter=self.tokenizer.adapter))).requires_grad_(False)
+            if cfg.compile:
+                self.anchor["vfm"].compile(dynamic=False)
         if self.gan and stage.dino and cfg.compile:
             self.gan.dino.vit.compile(dynamic=False)
 
@@ -1940,7 +1971,7 @@ class Trainer:
         features = None
         with self.world.autocast():
             if vfm is not None:
-                more = self.perceptual_net.layers if self.shares and "encoder" not in trains else ()
+                more = self.perceptual_net.layers if self.shares else ()
                 with torch.set_grad_enabled("encoder" in trains):
                     features = vfm(vfm.resize(images, scale=scale), (*layers, *more))
                 features, self.shared = features[:len(layers)], features[len(layers):] or None
@@ -2049,9 +2080,10 @@ class Trainer:
         else:
             torch.autograd.backward(outputs, give(total))
         if cut.requires_grad:
-            torch.autograd.backward([moved, fixed] if fixed.requires_grad else [moved], [cut.grad, fixed.new_tensor(share)] if fixed.requires_grad else [cut.grad])
+            ends = [(moved, cut.grad)] + [(fixed, fixed.new_tensor(share))] * fixed.requires_grad
+            torch.autograd.backward(*zip(*ends))
         self.stamp("backward")
-        return {key: value.detach() if torch.is_tensor(value) else torch.tensor(float(value)) for key, value in values.items()}, fake.detach(), target
+        return {key: value.detach() for key, value in values.items()}, fake.detach(), target
 
     def discriminator_step(self, fake, target, share=1.0):
         """Accumulates the discriminators' gradients -> loss."""
@@ -2124,6 +2156,8 @@ def train(cfg, world):
     if cfg.stage and cfg.stage not in [number for number, *_ in plan]:
         raise UserError(f"--stage={cfg.stage}: {cfg.method} has the stages {', '.join(f'{number} ({stage.name})' for number, stage, *_ in plan)} with these weights")
     end = plan[-1][3]
+    if not end:
+        raise UserError(f"--kimg={cfg.kimg:g} is less than one batch of {cfg.batch_size}")
     plan = [row for row in plan if cfg.stage in (0, row[0])]
     data = Images(cfg.data, "train", cfg.image_size, cfg.data_dir, cfg.download, cfg.crop, cfg.flip, cfg.out)
     held_out = Images(cfg.data, "val", cfg.image_size, cfg.data_dir, cfg.download, cache=cfg.out)
@@ -2133,7 +2167,7 @@ def train(cfg, world):
     if entries:
         fixed = ("method", "data", "image_size", "vfm", "scale_factor", "layers", "z_dim", "downsample", "level_dim", "decoder", "post_factor", "widths", "fuse_dims",
                  "attention", "num_res_blocks", "w_dim", "ch", "ch_mult", "ldm_blocks", "ldm_attention", "groups", "batch_size", "seed", "kimg", "vf_scale", "gan_scale", "disc_vfm", "ndf")
-        changed = [f"{key}={entries['config'][key]}, now {getattr(cfg, key)}" for key in fixed if entries["config"][key] != getattr(cfg, key)]
+        changed = [f"{key}={entries['config'].get(key)}, now {getattr(cfg, key)}" for key in fixed if entries["config"].get(key) != getattr(cfg, key)]
         if changed:
             raise UserError(f"{path} was trained with {'; '.join(changed)}: choose another --out, or --resume=0 to start afresh")
     tokenizer, vfm = build_tokenizer(cfg)
@@ -2150,10 +2184,8 @@ def train(cfg, world):
             print(f"{path} is already trained ({seen} images); --resume=0 starts afresh")
         tokenizer.load_state_dict(entries["ema"], strict=False)
         return tokenizer
+    flops = count_flops(tokenizer, cfg.image_size) if world.device.type == "cuda" else None      # before anything is compiled: dynamo skips what a dispatch mode has seen
     trainer = Trainer(cfg, tokenizer, world, vfm, length_scale)
-    if entries and entries["anchor"]:
-        trainer.anchor = copy.deepcopy(nn.ModuleDict(dict(vfm=tokenizer.vfm, adapter=tokenizer.adapter))).requires_grad_(False)
-        trainer.anchor.load_state_dict(entries["anchor"])
     ema = {name: p.detach().clone() for name, p in tokenizer.named_parameters() if not name.startswith("vfm.") or cfg.method == "aligntok"}
     if entries:
         ema = {name: value.to(world.device) for name, value in entries["ema"].items()}
@@ -2163,7 +2195,7 @@ def train(cfg, world):
         if entries:
             print(f"resuming {path} at {seen} images")
     log = Log(cfg.out, "tokenizer", world, plan[-1][3] // cfg.batch_size, seen // cfg.batch_size)
-    log.flops = count_flops(tokenizer, cfg.image_size) if world.device.type == "cuda" else None
+    log.flops = flops
     pictures = to_float(torch.stack([held_out[i][0] for i in range(min(16, len(held_out)))])).to(world.device)
 
     def save(number, images):
@@ -2185,6 +2217,8 @@ def train(cfg, world):
             moments = lambda optimizer, saved: optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["state"]))     # with this run's rates
             if same:
                 moments(trainer.optimizer, entries["optimizer"])
+            if trainer.anchor and entries["anchor"]:
+                trainer.anchor.load_state_dict(entries["anchor"])
             if trainer.gan and entries["gan"]:
                 trainer.gan.load_state_dict(entries["gan"], strict=False)
                 if same:
@@ -2237,6 +2271,10 @@ def evaluate(cfg, tokenizer, world):
     import fid
     data = Images(cfg.data, "val", cfg.image_size, cfg.data_dir, cfg.download, cache=cfg.out)
     n, notes = min(cfg.eval_images, len(data)), []
+    if n < 2 * world.size:
+        raise UserError(f"{n} images are too few to evaluate on in {world.size} processes")
+    if Path(cfg.data).is_dir() and not (Path(cfg.data) / "val").is_dir():
+        notes.append(f"{cfg.data} has no folder val: these are the training images")
     tokenizer = tokenizer.to(world.device).eval()
 
     def at_hand(load):
@@ -2253,7 +2291,7 @@ def evaluate(cfg, tokenizer, world):
     def add(name, values):
         sums[name] = sums.get(name, 0) + torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
 
-    mine = torch.arange(world.rank, n, world.size).split(cfg.batch_size)
+    mine = torch.arange(world.rank, n, world.size).split(min(cfg.batch_size, 32))
     with fid.full_float32():
         for images, _ in tqdm(make_loader(data, [part.tolist() for part in mine], world, cfg.workers), desc="evaluating", disable=world.rank > 0):
             images = to_float(images.to(world.device))
@@ -2265,7 +2303,9 @@ def evaluate(cfg, tokenizer, world):
             for key, batch in (("real", images), ("decoded", decoded)):
                 if extractor is not None:
                     features = extractor(to_uint8(batch))[0]
-                    moments.setdefault(key, fid.Moments(features.shape[1], world.device)).update(features)
+                    if key not in moments:
+                        moments[key] = fid.Moments(features.shape[1], world.device)
+                    moments[key].update(features)
             for name, move in moves.items():                            # |encode(T x) - T encode(x)| / |T encode(x)|
                 with contextlib.suppress(UserError):                    # half the size may not fit this tokenizer
                     ours, theirs = tokenizer.encode(move(images))[0], move(mean)
@@ -2280,7 +2320,7 @@ def evaluate(cfg, tokenizer, world):
         result["rFID" if extractor.name == "inception" else f"rFD ({extractor.name})"] = fid.frechet_distance(*moments["real"].statistics(), *moments["decoded"].statistics())
     if world.rank == 0:
         print(f"{n} held-out images of {cfg.data}, {cfg.image_size} px")
-        print("\n".join([*(f"  {name:32s} {value:10.4f}" for name, value in result.items()), *(f"  not measured: {note}" for note in notes)]))
+        print("\n".join([*(f"  {name:32s} {value:10.4f}" for name, value in result.items()), *(f"  note: {note}" for note in notes)]))
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         write_text(Path(cfg.out) / "eval.json", json.dumps(dict(images=n, **result), indent=1) + "\n")
     return result
@@ -2301,7 +2341,7 @@ def bench(cfg, world):
             event.record()
         return event
 
-    for number, stage, first, last in stage_plan(cfg)[0]:
+    for number, stage, *_ in stage_plan(cfg)[0]:
         if cfg.stage not in (0, number):
             continue
         trainer.start_stage(dataclasses.replace(stage, gan_start_kimg=0.0, equivariance=False))
@@ -2333,12 +2373,16 @@ def run():
         raise UserError(f"--method={cfg.method}: there are {', '.join(STAGES)}")
     if cfg.decoder not in ("", "vfmvae", "ldm"):
         raise UserError(f"--decoder={cfg.decoder}: there are vfmvae, ldm")
-    for name in ("image_size", "z_dim", "downsample", "batch_size", "accumulate", "log_interval", "grid_interval", "save_interval", "eval_images"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least 1")
+    least = dict.fromkeys(("image_size", "z_dim", "downsample", "batch_size", "accumulate", "groups", "log_interval", "grid_interval", "save_interval", "eval_images"), 1)
+    for name, low in dict(least, workers=0, seed=0, kimg=0, bench=0, ema_kimg=0).items():
+        if getattr(cfg, name) < low:
+            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {low}")
     world = init_world()
     if cfg.eval:
-        evaluate(cfg, load_tokenizer(cfg.ckpt or Path(cfg.out) / "tokenizer.pt"), world)
+        tokenizer = load_tokenizer(cfg.ckpt or Path(cfg.out) / "tokenizer.pt")
+        default, trained = Config(**PRESETS[cfg.preset]), tokenizer.about.get("config", {})         # on what it was trained for, where no flag says otherwise
+        cfg = dataclasses.replace(cfg, **{key: trained[key] for key in ("data", "data_dir", "image_size") if key in trained and getattr(cfg, key) == getattr(default, key)})
+        evaluate(cfg, tokenizer, world)
     elif cfg.bench:
         bench(cfg, world)
     else:
