@@ -42,7 +42,7 @@ from tokenizer import (STAGES, Images, Log, Shapes, StepSampler, Tokenizer, Trai
 class Config:
     preset: str = ""                  # toy or imagenet (default: imagenet where CUDA and data/imagenet/train are at hand)
     out: str = "out"                  # everything is written here; holds the checkpoints that are not named
-    seed: int = 0
+    seed: int = 0                     # of batches, noise, transformations
     # data
     data: str = "shapes"              # shapes, a folder of class folders (or with train/ and val/), or a torchvision data set
     data_dir: str = "data"            # where torchvision's data sets lie
@@ -61,13 +61,13 @@ class Config:
     momentum: float = 0.1             # of the latents' running statistics (BatchNorm's)
     batch_size: int = 32              # images a step, over all processes
     accumulate: int = 1               # micro-batches a step
-    compile: bool = torch.cuda.is_available()
+    compile: bool = torch.cuda.is_available()   # torch.compile the networks that train
     log_interval: int = 10            # steps
     save_interval: int = 500          # steps between checkpoints
     # the study
     study: bool = False               # run what is missing of it, then its table
     study_methods: str = "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok"      # of METHODS
-    study_seeds: int = 3
+    study_seeds: int = 3              # runs of each, from --seed on
     study_align: str = "none,repa"    # diffusion models on each tokenizer: none, repa, reg
     study_kimg: float = 28.0          # thousands of images to each tokenizer, all stages together
     study_steps: int = 1_500          # of 64 latents to each diffusion model

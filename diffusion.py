@@ -87,7 +87,7 @@ class Config:
     lr: float = 2e-3                  # AdamW, betas (0.9, beta2), no weight decay
     warmup: int = 100                 # steps of linear warm-up
     cooldown: float = 0.5             # last share of the steps over which the learning rate falls linearly to 0 (ours; the papers' is constant)
-    beta2: float = 0.95
+    beta2: float = 0.95               # of AdamW's second moments
     clip: float = 1.0                 # gradient norm
     ema: float = 0.995                # decay a step
     # machine
@@ -97,10 +97,10 @@ class Config:
     bench: int = 0                    # time this many training steps, and evaluations, on random latents, then stop
     bench_latents: tuple = (32, 16, 16)         # their shape: f16 latents of a 256 px image
     # intervals, in steps
-    log_interval: int = 50
-    val_interval: int = 500
+    log_interval: int = 50            # between lines of the log
+    val_interval: int = 500           # between validation losses
     sample_interval: int = 500        # a grid of samples, OUT/grids/diffusion-STEP.png (0: none)
-    save_interval: int = 500
+    save_interval: int = 500          # between checkpoints
 
 
 IMAGENET = dict(data="data/imagenet", model="XL", batch_size=1024, steps=100_000, lr=2e-4, warmup=0, cooldown=0.0, ema=0.9999, workers=8, encode_batch=64,

@@ -37,7 +37,7 @@ class Config:
     num_heads: int = 0                # of an official checkpoint; 0: the published model's
     n: int = 1_000                    # images
     classes: tuple = ()               # class numbers, in turn; empty: all
-    seed: int = 0
+    seed: int = 0                     # image i's noise is a function of (seed, i)
     batch_size: int = 64              # images to a batch and process
     # solver
     solver: str = "ab2"               # euler, heun, ab2 (Adams-Bashforth), sde (Euler-Maruyama)
@@ -48,7 +48,7 @@ class Config:
     timestep_shift: float = 0.0       # s of t -> s t / (1 + (s - 1) t) (0: none); not for sde
     guide: str = ""                   # checkpoint of a weaker model, in place of the unconditional half (autoguidance)
     guidance_low: float = 0.0         # sde: guidance acts between these times, counted from data (0) to noise (1)
-    guidance_high: float = 1.0
+    guidance_high: float = 1.0        # the second of the two
     cls_cfg_scale: float = 0.0        # guidance of REG's class token (0: none)
     # machine and output
     compile: bool = torch.cuda.is_available()   # torch.compile the model
@@ -57,7 +57,7 @@ class Config:
     # other jobs
     reconstruct: str = ""             # folder of images: write OUT/reconstructions, and OUT/originals as they were cropped
     sweep: bool = False               # toy: print the table of solvers, numbers of steps and guidance scales, and write OUT/sweep.json
-    sweep_steps: tuple = (10, 20, 30, 50, 250)
+    sweep_steps: tuple = (10, 20, 30, 50, 250)      # numbers of times that it tries
 
 
 PRESETS = {"toy": {}, "imagenet": dict(n=50_000, batch_size=128, solver="euler", num_steps=250, cfg_scale=6.0, cfg_interval_start=0.125, cfg_channels=3,

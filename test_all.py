@@ -161,14 +161,15 @@ def test_config():
     cfg = parse("--batch_size=7", "--lr_scale", "2.5", "--layers=0,1", "--flip=0")
     assert (cfg.batch_size, cfg.lr_scale, cfg.layers, cfg.flip, cfg.preset) == (7, 2.5, (0, 1), False, "toy")
     assert parse("--preset=imagenet").image_size == 256 and parse("--preset=imagenet", "--image_size=64").image_size == 64
-    for argv, words in ((["--batchsize=7"], ("batchsize", "batch_size")), (["--batch_size=x"], ("batch_size", "int")), (["--preset=none"], ("toy", "imagenet")), (["stray"], ("stray",))):
+    for argv, words in ((["--batchsize=7"], ("batchsize", "batch_size")), (["--batch_size=x"], ("batch_size", "int")), (["--preset=none"], ("toy", "imagenet")), (["stray"], ("stray",)),
+                        (["--flip=yes"], ("flip", "yes"))):
         result = captured_exit(2, parse, *argv)
         assert result.count("\n") == 1 and all(word in result for word in words), result
     for name in ("tokenizer", "diffusion", "align", "sample", "fid"):
         module = __import__(name)
         text = captured_exit(0, tokenizer.parse_config, module.Config, module.PRESETS, ["--help"])
         for field in dataclasses.fields(module.Config):
-            line = re.search(rf"--{field.name} .*", text.replace("\n" + " " * 24, " "))
+            line = re.search(rf"--{field.name} .*", text.split("options:")[1].replace("\n" + " " * 24, " "))       # not the usage line
             assert line and len(line[0].split("[")[0].split(maxsplit=2)[-1]) > 3, f"{name} --{field.name} has no comment"
 
 
@@ -718,6 +719,35 @@ def test_ldm_learns_at_toy_size():
             tokenizer.seed_step(0, step)
             l1 = trainer.step([images], step, 0)["l1"].item()
         assert l1 < 0.17, l1
+
+
+@with_tiny_vfm
+def test_impossible_tokenizers_are_refused():
+    """One line for what no network can be built of, before anything is trained."""
+    build = lambda **overrides: tokenizer.build_tokenizer(tiny_config("out", **overrides))
+    fails(lambda: build(downsample=32), "--downsample")
+    fails(lambda: build(method="aligntok", scale_factor=2.0), "2 times as fine")
+    fails(lambda: build(downsample=4, widths=(16, 16, 8)), "0.5 times as fine")
+    fails(lambda: build(level_dim=48), "heads")
+    fails(lambda: build(layers=(-1, 2)), "--layers")
+    fails(lambda: build(method="vae", groups=5), "widths")
+    with tempfile.TemporaryDirectory() as folder:
+        fails(lambda: tokenizer.train(tiny_config(folder, kimg=0.001), WORLD), "--kimg=0.001")
+
+
+@with_tiny_vfm
+def test_trained_encoder_is_no_perceptual_network():
+    """AlignTok's perceptual distance is the pretrained VFM's to the end: in stage 3 it is zero between an image and itself."""
+    cfg = tiny_config("unused", method="aligntok", gan_scale=0.0)
+    torch.manual_seed(0)
+    tok, vfm = tokenizer.build_tokenizer(cfg)
+    trainer = tokenizer.Trainer(cfg, tok, WORLD, vfm)
+    x = image(8, 3, 32, 32) * 2 - 1
+    for p in tok.vfm.parameters():
+        p.data.mul_(1.5)                 # as stage 2 might have left it
+    trainer.start_stage(tokenizer.STAGES["aligntok"][2])
+    trainer.encode(x)
+    assert trainer.reconstruction_loss([x], x, trainer.shared)[1]["lpips"] < 1e-6
 
 
 def test_equivariance_draws():
@@ -2106,6 +2136,11 @@ def test_align_measures():
             want = align.cknna(align.prepare(net.encode(x)[0].mean((2, 3))), align.prepare(vfm(x)[0].mean(1)))
         row = next(r for r in found["rows"] if r["part"] == "latents" and r["vfm"] == "toy" and "vfmvae" in r["name"])
         np.testing.assert_allclose(row["clean"], want, rtol=1e-3, atol=1e-5)
+        rows = []
+        for order in (("vfmvae", "vae"), ("vae", "vfmvae")):     # whoever stands beside it, a tokenizer measures the same
+            run_align("--out", folder, "--images=20", *(f"{folder}/{method}/tokenizer.pt" for method in order))
+            rows.append(sorted(json.loads((Path(folder) / "align.json").read_text())["rows"], key=lambda row: (row["name"], row["vfm"])))
+        assert rows[0] == rows[1]
         printed = run_align("--out", folder, f"{folder}/vfmvae/tokenizer.pt", "--images=20", "--image_size=48")    # 48 / 4 and 48 * 3/4 are off the grid of 8
         assert "0.75, 0.25 do not fit" in printed, printed
 
