@@ -24,6 +24,7 @@ import time
 import traceback
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -870,6 +871,31 @@ def test_evaluate():
             fid.load_features = original
         assert {"PSNR (dB)", "SSIM", "rFD (toy)", "equivariance error, rotation", "equivariance error, scaling"} <= result.keys()
         assert json.loads(Path(f"{folder}/eval.json").read_text())["PSNR (dB)"] == result["PSNR (dB)"] > 3
+
+
+@with_tiny_vfm
+def test_evaluates_on_what_it_was_trained_for():
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.train(tiny_config(folder, method="vae", image_size=64, kimg=0.008, gan_scale=0.0), WORLD)
+        for flags, size in (((), 64), (("--image_size=48",), 48)):
+            with mock.patch.object(tokenizer, "evaluate") as evaluate, mock.patch.object(sys, "argv", ["tokenizer.py", "--eval=1", "--out", folder, *flags]):
+                tokenizer.run()
+            assert evaluate.call_args[0][0].image_size == size
+
+
+def test_one_process_fetches():
+    """`alone`: what several do at once is done one after the other."""
+    inside, most = [], []
+
+    def enter(_):
+        with tokenizer.alone(f"{folder}/sub/file"):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(4) as pool:
+        list(pool.map(enter, range(8)))
+    assert most == [1] * 8
 
 
 class FakeFeatures(nn.Module):
