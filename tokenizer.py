@@ -1915,9 +1915,6 @@ class Trainer:
         self.perceptual_net = None
         if any(stage.lpips for stage in STAGES[cfg.method]) and cfg.lpips_scale:
             self.perceptual_net = (LPIPS(cfg.lpips_weights if pretrained else None) if cfg.perceptual == "lpips" else FeatureDistance(load_vfm(cfg.perceptual, cfg.out, pretrained))).to(world.device)
-        # a VFM that is trained is no longer the perceptual distance's
-        self.shares = (isinstance(self.perceptual_net, FeatureDistance) and (cfg.perceptual, 1) == vfm_of(cfg)
-                       and not any("encoder" in stage.trains for stage in STAGES[cfg.method]))
         self.pretrained, self.anchor, self.gan, self.length_scale = pretrained, None, None, length_scale
         self.stamp = lambda part: None   # `bench` puts a stopwatch here
         if cfg.compile:
@@ -1932,8 +1929,10 @@ class Trainer:
 
     def start_stage(self, stage):
         """Freezes and unfreezes, makes the discriminators and both optimizers."""
-        cfg, device = self.cfg, self.world.device
+        cfg, device, stages = self.cfg, self.world.device, STAGES[self.cfg.method]
         self.stage = stage
+        reached = stages[:[s.name for s in stages].index(stage.name) + 1]        # a VFM that has been trained is no longer the perceptual distance's
+        self.shares = isinstance(self.perceptual_net, FeatureDistance) and (cfg.perceptual, 1) == vfm_of(cfg) and not any("encoder" in s.trains for s in reached)
         groups = select_parameters(self.tokenizer, stage.trains)
         self.parameters = [p for group in groups.values() for p in group]
         adam = functools.partial(torch.optim.Adam, betas=(stage.betas[0] if cfg.beta1 < 0 else cfg.beta1, stage.betas[1]), fused=device.type == "cuda")
