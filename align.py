@@ -775,7 +775,7 @@ def study_report(cfg, folder, wanted):
         for align in aligns:
             curves = {method: np.array([[p[outcome] for p in r["points"][align]] for r in of(method)]) for method in methods}
             series = {method: (cfg.study_points, c.mean(0).tolist(), c.std(0, ddof=1).tolist() if len(c) > 1 else None) for method, c in curves.items()}
-            panels.append(dict(title=f"{outcome}, diffusion model's alignment: {align}", x="diffusion steps", y=outcome, series=series))
+            panels.append(dict(title=f"{outcome}, diffusion model's alignment: {align}", x="diffusion steps", y="", series=series))
     chart(folder / "study.png", panels, columns=len(aligns))
     return text
 
