@@ -657,6 +657,42 @@ def test_handed_gradients_equal_autograd():
 
 
 @with_tiny_vfm
+def test_losses_add_up_as_the_recipe_says():
+    """Every stage's sums, written out: each loss with its weight and scale. A test that only compares gradients would not see that a loss is left out."""
+    x, y = image(8, 3, 32, 32) * 2 - 1, image(8, 3, 32, 32, "another") * 2 - 1
+    for method, stages in tokenizer.STAGES.items():
+        cfg = tiny_config("unused", method=method, gan_scale=0.0)
+        torch.manual_seed(0)
+        tok, vfm = tokenizer.build_tokenizer(cfg)
+        trainer = tokenizer.Trainer(cfg, tok, WORLD, vfm)
+        for stage in stages:
+            trainer.start_stage(stage)
+            rates = {"encoder": cfg.encoder_lr} if "encoder" in stage.trains else {}
+            base = stage.lr * cfg.lr_scale * (1 if method == "vfmvae" else cfg.ldm_lr)
+            assert [group["lr"] for group in trainer.optimizer.param_groups] == [base * rates.get(name, 1) for name in stage.trains.split()], stage.name
+            if stage.preserve:           # away from where the stage began
+                before = copy.deepcopy(tok)
+                for p in tok.adapter.parameters():
+                    p.data.mul_(1.2)
+            mean, logvar, features = trainer.encode(x)
+            _, fixed, vf = trainer.latent_losses(x, mean, mean, logvar, features)
+            want = stage.kl * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean() / 2
+            if stage.preserve:
+                distance = (mean - before.encode(x)[0]).square().mean()
+                assert distance > 1e-4
+                want = want + stage.preserve * cfg.preserve_scale * distance
+            torch.testing.assert_close(fixed, want, rtol=1e-4, atol=1e-9)
+            assert (vf is not None) == bool(stage.vf and "adapter" in stage.trains)
+            outputs = [F.avg_pool2d(y, 2), y] if stage.multires else [y]
+            perceptual = trainer.perceptual_net(y, x).mean() if stage.lpips else 0
+            want = 3 * 32 * 32 * (stage.l1 * (x - y).abs().mean() + stage.lpips * cfg.lpips_scale * perceptual) / (1 if stage.summed else 3 * 32 * 32)
+            want = want + stage.ssim * (1 - tokenizer.ssim(y, x, data_range=2).mean())
+            if stage.multires:
+                want = want + stage.multires * (outputs[0] - F.interpolate(x, (16, 16), mode="bilinear", antialias=True, align_corners=False)).abs().mean()
+            torch.testing.assert_close(trainer.reconstruction_loss(outputs, x)[0], torch.as_tensor(want), rtol=1e-4, atol=1e-6)
+
+
+@with_tiny_vfm
 def test_frozen_vfm_runs_once():
     """A step runs the VFM once on the batch, for the encoder or the VF loss and the perceptual distance together, and keeps no activations of it."""
     for method in ("vfmvae", "aligntok", "vavae"):

@@ -111,8 +111,9 @@ PRESETS = dict(
     toy={},
     imagenet=dict(data="data/imagenet", image_size=256, crop=True, workers=12, vfm="", scale_factor=0.0, layers=(0, 12, -1), downsample=16, post_factor=16,
                   widths=(512, 512, 512, 512, 256, 128), fuse_dims=(512, 256, 128, 128), attention=(2, 2, 2), num_res_blocks=2, w_dim=512, ch=128,
-                  ch_mult=(1, 1, 2, 2, 4), ldm_blocks=2, ldm_attention=True, groups=32, kimg=0.0, batch_size=512, lr_scale=1.0, encoder_lr=0.1, ldm_lr=1.0, equivariance=True, cooldown=0.0, beta1=-1.0, vf_scale=1.0, preserve_scale=1.0, gan_scale=1.0, lpips_scale=1.0, perceptual="lpips", disc_vfm="dino_vits16",
-                  ndf=64, log_interval=50, grid_interval=2000, save_interval=2000, eval_images=50_000))
+                  ch_mult=(1, 1, 2, 2, 4), ldm_blocks=2, ldm_attention=True, groups=32, kimg=0.0, batch_size=512, lr_scale=1.0, encoder_lr=0.1, ldm_lr=1.0,
+                  cooldown=0.0, beta1=-1.0, vf_scale=1.0, preserve_scale=1.0, gan_scale=1.0, lpips_scale=1.0, equivariance=True, perceptual="lpips",
+                  disc_vfm="dino_vits16", ndf=64, log_interval=50, grid_interval=2000, save_interval=2000, eval_images=50_000))
 
 
 @dataclass
@@ -565,7 +566,7 @@ class Images(Dataset):
         self.size, self.crop, self.flip = size, crop, flip
         if data == "shapes":
             self.source = Shapes(split, size, cache=cache)
-            self.labels, self.classes = self.source.targets(), Shapes.classes
+            self.labels, self.classes = self.source.labels, Shapes.classes
         elif inspect.isclass(getattr(torchvision.datasets, data, None)):
             Source, folder = getattr(torchvision.datasets, data), data_dir
             keywords = dict(root=folder, download=download) if "download" in inspect.signature(Source).parameters else dict(root=folder)
@@ -2070,10 +2071,10 @@ class Trainer:
         total = grads if adversarial is None else [*grads[:-1], grads[-1] + adversarial]
         if cut.requires_grad and vf is not None:
             # the reconstruction's own gradient at the latent: a walk through the activations, needed only where the GAN's is mixed in
-            apart = adversarial is not None and torch.autograd.grad(outputs, cut, give(grads), retain_graph=True)[0]
+            apart = None if adversarial is None else torch.autograd.grad(outputs, cut, give(grads), retain_graph=True)[0]
             torch.autograd.backward(outputs, give(total))
             last = tok.adapter.last_weight()
-            reach = torch.autograd.grad(moved, last, (cut.grad if adversarial is None else apart) / share, retain_graph=True)[0].norm()
+            reach = torch.autograd.grad(moved, last, (cut.grad if apart is None else apart) / share, retain_graph=True)[0].norm()
             values["vf_weight"] = (reach / (torch.autograd.grad(vf, last, retain_graph=True)[0].norm() + 1e-4)).clamp(0, 1e8) * stage.vf * cfg.vf_scale
             fixed = fixed + values["vf_weight"].detach() * vf
         else:
