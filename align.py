@@ -182,7 +182,8 @@ def load_subjects(paths, world):
             continue
         owner = subject(tokenizer_beside(path, entries))
         if entries["arch"]["in_channels"] != owner.tokenizer.z_dim:
-            raise UserError(f"{path} is for latents of {entries['arch']['in_channels']} channels, {owner.name} has {owner.tokenizer.z_dim}: it was trained on another tokenizer")
+            raise UserError(f"{path} is for latents of {entries['arch']['in_channels']} channels, {owner.name} has {owner.tokenizer.z_dim}: "
+                            "it was trained on another tokenizer")
         if "pair" in entries and entries["pair"] != fingerprint(owner.tokenizer):
             raise UserError(f"{path} was trained jointly with another {owner.name}: the two files are of different steps or runs")
         align = entries["config"]["align_vfm"] if entries["arch"]["cls_dim"] else ""
@@ -259,20 +260,22 @@ def fits(subjects, side):
 
 @torch.inference_mode()
 @full_float32()
-def measure(subjects, vfms, images, labels, indices, cfg, world):
+def measure(subjects, vfms, size, images, labels, indices, cfg, world):
     """CKNNA of every part of every subject against every VFM, in each condition -> rows: dict(name, part, step, vfm, conditions..., SE-CKNNA, probe).
 
-    `images(rows)` gives uint8 [B, 3, S, S]; labels [n] and indices [n] (what is drawn for an image depends on it). Processes share the images."""
-    size = images(range(1)).shape[-1]
+    `images(parts)` gives uint8 [B, 3, size, size] for each part, a list of rows; labels [n] and indices [n] (what is drawn for an image depends on it).
+    Processes share the images."""
     scales = [scale for scale in SCALES if fits(subjects, size * scale)]
     if not scales:
         raise UserError(f"images of {size} px do not fit the grids of all these models; try another --image_size")
     mine, found = np.arange(len(labels))[world.rank::world.size], {condition: defaultdict(list) for condition in CONDITIONS}
-    for rows in tqdm(np.array_split(mine, max(1, -(-len(mine) // cfg.encode_batch))), desc="features", disable=world.rank > 0, leave=False, mininterval=0.5):
-        x = to_float(images(rows).to(world.device))
-        for condition, parts in transformed(x, indices[rows], scales, cfg.seed):
+    parts = np.array_split(mine, max(1, -(-len(mine) // cfg.encode_batch)))
+    bar = tqdm(images(parts), total=len(parts), desc="features", disable=world.rank > 0, leave=False, mininterval=0.5)
+    for x, rows in zip(bar, parts):
+        x = to_float(x.to(world.device))
+        for condition, pieces in transformed(x, indices[rows], scales, cfg.seed):
             whole = {}
-            for at, part in parts:
+            for at, part in pieces:
                 for key, value in pooled_features(subjects, vfms, part):
                     whole.setdefault(key, value.new_empty(len(x), value.shape[1]))[at] = value
             for key, value in whole.items():
@@ -316,8 +319,8 @@ def report(paths, cfg, world, folder):
     indices = np.linspace(0, len(data) - 1, min(cfg.images, len(data))).astype(int)
     if len(indices) < 4:
         raise UserError(f"{len(indices)} held-out images: CKNNA needs 4 at least")
-    read = lambda rows: torch.stack([data[int(i)][0] for i in indices[rows]])
-    rows, scales = measure(subjects, vfms, read, np.asarray(data.labels)[indices], indices, cfg, world)
+    read = lambda parts: (x for x, _ in make_loader(data, [indices[rows].tolist() for rows in parts], world, cfg.workers))
+    rows, scales = measure(subjects, vfms, size, read, np.asarray(data.labels)[indices], indices, cfg, world)
     if world.rank == 0:
         left_out = [scale for scale in SCALES if scale not in scales]
         listed = lambda values: ", ".join(f"{value:g}" for value in values)
@@ -521,7 +524,8 @@ def train(cfg, paths, world):
     images = entries["images"] - start * cfg.batch_size                          # that the tokenizer had seen before
 
     # the tokenizer, with its averaged weights: the diffusion model knows no other latents
-    tok_cfg = dataclasses.replace(tokenizer.Config(**entries["config"]), **{key: getattr(cfg, key) for key in ("out", "seed", "batch_size", "accumulate", "compile")})
+    ours = {key: getattr(cfg, key) for key in ("out", "seed", "batch_size", "accumulate", "compile")}
+    tok_cfg = dataclasses.replace(tokenizer.Config(**entries["config"]), **ours)
     number, stage = [(i, stage) for i, stage in enumerate(STAGES[tok_cfg.method], 1) if "adapter" in stage.trains][-1]
     seed_step(cfg.seed, -1)
     net, vfm = build_tokenizer(tok_cfg)
@@ -615,7 +619,7 @@ def train(cfg, paths, world):
 METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
 for method in "vavae", "vfmvae", "aligntok":
     METHODS[method], METHODS[f"{method}-blind"] = dict(method=method), dict(method=method, vfm="toy-blind")
-QUALITIES = "SE-CKNNA", "CKNNA", "SE-CKNNA to toy", "SE-CKNNA to toy-blind", "probe", "PSNR", "rFD", "rAccuracy"     # of a tokenizer, before any diffusion model
+QUALITIES = "SE-CKNNA", "CKNNA", "SE-CKNNA to toy", "SE-CKNNA to toy-blind", "probe", "PSNR", "rFD", "rAccuracy"     # of a tokenizer alone
 OUTCOMES = "gFD", "gFD to reconstructions", "accuracy"
 
 
@@ -718,8 +722,8 @@ class Study:
         for align in cfg.study_align.split(","):
             dit, points[align] = self.diffusion(net, latents, mean, std, align, tok_cfg.vfm, seed, reconstructed)
             subject.networks.append(Network(align, dit, mean.flatten(), std.flatten(), cfg.study_steps, tok_cfg.vfm))
-        read = lambda rows: self.val[torch.as_tensor(rows, device=self.val.device)]
-        rows, scales = measure([subject], self.vfms, read, self.val_labels, self.indices[1], cfg, self.world)
+        read = lambda parts: (self.val[torch.as_tensor(rows, device=self.val.device)] for rows in parts)
+        rows, scales = measure([subject], self.vfms, self.val.shape[-1], read, self.val_labels, self.indices[1], cfg, self.world)
         own, toy, blind = (next(row for row in rows if row["part"] == "latents" and row["vfm"] == name) for name in (tok_cfg.vfm, "toy", "toy-blind"))
         return {"method": method, "seed": seed, "settings": settings_of(cfg), "seconds": time.time() - started, "judge": self.real_accuracy,
                 "PSNR": psnr(to_float(self.val), to_float(decoded)).mean().item(), "rFD": frechet_distance(*reconstructed, *self.real),
@@ -755,7 +759,8 @@ def study_report(cfg, folder, wanted):
     for method in methods:
         for align in aligns:
             at = lambda i, key, digits: spread([r["points"][align][i][key] for r in of(method)], digits)
-            lines.append(line(method, align, *(f"{at(i, 'gFD', 1)} ({at(i, 'gFD to reconstructions', 1)})" for i in points), *(at(i, "accuracy", 3) for i in points)))
+            distances = (f"{at(i, 'gFD', 1)} ({at(i, 'gFD to reconstructions', 1)})" for i in points)
+            lines.append(line(method, align, *distances, *(at(i, "accuracy", 3) for i in points)))
     rho = {}
     if len(results) > 2:
         lines += ["", f"Spearman's rank correlation, over the {len(results)} runs (of {len(methods)} methods: seeds are not independent), of what is known before diffusion with what "

@@ -104,7 +104,8 @@ class Config:
 
 
 IMAGENET = dict(data="data/imagenet", model="XL", batch_size=1024, steps=100_000, lr=2e-4, warmup=0, cooldown=0.0, ema=0.9999, workers=8, encode_batch=64,
-                align_vfm="dinov2_vitb14", encoder_depth=8, projector_dim=2048, val_images=4_096, log_interval=100, val_interval=5_000, sample_interval=5_000, save_interval=5_000)
+                align_vfm="dinov2_vitb14", encoder_depth=8, projector_dim=2048, val_images=4_096, log_interval=100, val_interval=5_000,
+                sample_interval=5_000, save_interval=5_000)
 PRESETS = {"toy": {}, "imagenet": IMAGENET,
            "reg": dict(IMAGENET, arch="sit", qk_norm=True, times="uniform", cosine_weight=0.0, align="reg",
                        cache_features=False)}     # its tokens of ImageNet and the mirror images are a terabyte

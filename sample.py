@@ -261,13 +261,13 @@ def sweep(cfg, world):
         return (features.mean(0), np.cov(features, rowvar=False)), torch.cat(logits).argmax(1).cpu()
 
     reference, _ = look(torch.stack([real[int(i)][0] for i in part]).to(world.device) for part in torch.arange(min(len(real), 5_000)).split(500))
-    y, rows = torch.arange(cfg.n) % model.num_classes, []
+    y, parts, rows = torch.arange(cfg.n) % model.num_classes, torch.arange(cfg.n).split(cfg.batch_size), []
     cells = [(solver, steps, cfg.cfg_scale) for solver in SOLVERS for steps in cfg.sweep_steps]
     cells += [(cfg.solver, cfg.num_steps, scale) for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
     print("| solver | times | evaluations | guidance | FD | class accuracy |\n|---|---|---|---|---|---|")
     for solver, steps, scale in dict.fromkeys(cells):
         settings = replace(cfg, solver=solver, num_steps=steps, cfg_scale=scale)
-        moments, found = look(to_uint8(generate(model, tokenizer, mean, std, part, y[part], settings, world, guide)) for part in torch.arange(cfg.n).split(cfg.batch_size))
+        moments, found = look(to_uint8(generate(model, tokenizer, mean, std, part, y[part], settings, world, guide)) for part in parts)
         rows.append(dict(solver=solver, num_steps=steps, evaluations=(steps - 1) * (1 + (solver == "heun")), cfg_scale=scale,
                          fd=fid.frechet_distance(*moments, *reference), accuracy=(found == y).float().mean().item()))
         print("| {solver} | {num_steps} | {evaluations} | {cfg_scale} | {fd:.2f} | {accuracy:.1%} |".format(**rows[-1]), flush=True)
@@ -282,7 +282,8 @@ def write_samples(cfg, world):
     model, guide, tokenizer, mean, std = load(cfg, world)
     classes = cfg.classes or tuple(range(model.num_classes))
     if cfg.n < 1 or not all(0 <= c <= model.num_classes for c in classes):
-        raise UserError(f"--n={cfg.n} --classes={','.join(map(str, classes))}: at least one image, and classes 0 to {model.num_classes - 1} ({model.num_classes}: none)")
+        raise UserError(f"--n={cfg.n} --classes={','.join(map(str, classes))}: at least one image, and classes 0 to {model.num_classes - 1} "
+                        f"({model.num_classes}: none)")
     class_names = [*model.about.get("classes", map(str, range(model.num_classes))), "none"]
     y, out, folder = torch.tensor(classes)[torch.arange(cfg.n) % len(classes)], Path(cfg.out), Path(cfg.out) / "samples"
     paths = [folder / f"{i:06d}.png" for i in range(cfg.n)]
@@ -325,7 +326,8 @@ def write_samples(cfg, world):
             if cfg.npz:
                 write_npz(out / "samples.npz", paths, pool)
             rate = f", {len(todo) / (time.perf_counter() - start):,.1f} images/s" if todo else ""
-            print(f"{cfg.n:,} images in {folder} ({len(todo):,} new{rate}); the first {len(shown)}: {out / 'samples.png'}" + (f"; all: {out / 'samples.npz'}" if cfg.npz else ""))
+            print(f"{cfg.n:,} images in {folder} ({len(todo):,} new{rate}); the first {len(shown)}: {out / 'samples.png'}"
+                  + (f"; all: {out / 'samples.npz'}" if cfg.npz else ""))
 
 
 def run():

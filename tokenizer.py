@@ -707,7 +707,8 @@ def load_weights(path_or_url):
     """
     path = str(path_or_url)
     if path.startswith(("https://", "http://")):
-        url, path = path, os.path.join(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "-", path.split("//")[1].rsplit("/", 1)[0]) + "-" + os.path.basename(path))
+        url, (place, name) = path, path.split("//")[1].rsplit("/", 1)
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "-", place) + "-" + name)
         with alone(path):
             try:
                 if not os.path.exists(path):
@@ -719,7 +720,8 @@ def load_weights(path_or_url):
     try:
         return read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:           # whatever a damaged or hostile file provokes
-        raise UserError(f"cannot read weights from {path}: damaged, or of another format ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"cannot read weights from {path}: damaged, or of another format ({type(error).__name__}: {first})")
 
 
 def load_state(module, state, name, ignore=()):
@@ -727,7 +729,8 @@ def load_state(module, state, name, ignore=()):
     state = {key: value for key, value in state.items() if not any(re.match(pattern, key) for pattern in ignore)}
     own = module.state_dict()
     faults = [("missing", sorted(own.keys() - state.keys())), ("left over", sorted(state.keys() - own.keys())),
-              ("of another shape", [f"{key} {list(state[key].shape)}, wanted {list(own[key].shape)}" for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape])]
+              ("of another shape", [f"{key} {list(state[key].shape)}, wanted {list(own[key].shape)}"
+                                    for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape])]
     if any(keys for _, keys in faults):
         raise UserError(f"{name}: the weights do not fit: " + "; ".join(
             f"{len(keys)} keys {what}: " + ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "") for what, keys in faults if keys))
@@ -887,13 +890,15 @@ def vit_configs():
             table[name + suffix] = (f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_{file}.pth", dict(
                 base(size), image_size=518, patch_size=14, registers=registers, antialias=registers > 0, layer_scale=True, interpolation="bicubic",
                 activation="swiglu" if size == "g" else "gelu"))
-    for size, word, patch, sides in (("b", "base", 16, (224, 256, 384, 512)), ("l", "large", 16, (256, 384, 512)), ("so400m", "so400m", 14, (224, 384)), ("so400m", "so400m", 16, (256, 384, 512))):
+    for size, word, patch, sides in (("b", "base", 16, (224, 256, 384, 512)), ("l", "large", 16, (256, 384, 512)),
+                                     ("so400m", "so400m", 14, (224, 384)), ("so400m", "so400m", 16, (256, 384, 512))):
         for side in sides:
             name = f"siglip2-{word}-patch{patch}-{side}"
             table[name] = (f"https://huggingface.co/google/{name}/resolve/main/model.safetensors", dict(
                 base(size), image_size=side // patch * patch, patch_size=patch, class_token=False, normalize="half", activation="gelu_tanh"))
     for size, word in (("b", "base"), ("l", "large")):
-        table[f"mae_vit{size}16"] = (f"https://huggingface.co/facebook/vit-mae-{word}/resolve/main/model.safetensors", dict(base(size), image_size=224, patch_size=16))
+        table[f"mae_vit{size}16"] = (f"https://huggingface.co/facebook/vit-mae-{word}/resolve/main/model.safetensors",
+                                     dict(base(size), image_size=224, patch_size=16))
     return table
 
 
@@ -905,7 +910,8 @@ VIT_KEYS = [      # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names ->
     (r"^encoder\.layers?\.", "blocks."), (r"\.(?:layer_norm|layernorm_)(?:1|before)\.", ".norm1."), (r"\.(?:layer_norm|layernorm_)(?:2|after)\.", ".norm2."),
     (r"\.(?:self_attn\.(q|k|v)_proj|attention\.attention\.(q)uery|attention\.attention\.(k)ey|attention\.attention\.(v)alue)\.", r".attn.\1\2\3\4."),
     (r"\.(?:self_attn\.out_proj|attention\.output\.dense)\.", ".attn.proj."), (r"\.(?:intermediate\.dense|mlp\.w12|mlp\.weights_in)\.", ".mlp.fc1."),
-    (r"(?<!attention)\.(?:output\.dense|mlp\.w3|mlp\.weights_out)\.", ".mlp.fc2."), (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"), (r"^(?:post_)?layernorm\.", "norm.")]
+    (r"(?<!attention)\.(?:output\.dense|mlp\.w3|mlp\.weights_out)\.", ".mlp.fc2."), (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"^(?:post_)?layernorm\.", "norm.")]
 VIT_UNUSED = (r"mask_token", r"(head|decoder|text_model|attn_pool|fc_norm|pooler|last_layer|classifier)\b", r"logit_", r"embeddings\.position_ids")
 
 
@@ -977,7 +983,8 @@ def train_toy_vfm(name, out, images=96_000, batch=64, lr=1e-3):
         data = Shapes("train", TOY_VIT["image_size"], cache=out)
         a = data.attributes(np.arange(len(data)))
         quantise = lambda x, low, high, n: ((x - low) / (high - low) * n).clip(0, n - 1).astype(int)
-        a["place"], a["size"], a["turn"] = quantise(a["x"], -0.45, 0.45, 4) * 4 + quantise(a["y"], -0.45, 0.45, 4), quantise(a["scale"], 0.55, 0.8, 4), quantise(a["angle"], -0.4, 0.4, 4)
+        a["place"] = quantise(a["x"], -0.45, 0.45, 4) * 4 + quantise(a["y"], -0.45, 0.45, 4)
+        a["size"], a["turn"] = quantise(a["scale"], 0.55, 0.8, 4), quantise(a["angle"], -0.4, 0.4, 4)
         targets = torch.from_numpy(np.stack([a[key] for key in TOY_VFMS[name]], 1))
         counts = (targets.amax(0) + 1).tolist()
         with torch.random.fork_rng():
@@ -1449,7 +1456,8 @@ class Tokenizer(nn.Module):
             raise UserError(f"layers {','.join(map(str, layers))}: this VFM has blocks 1 to {self.vfm.depth} (0: the embedding, -1: the normalised last)")
         fold = downsample * scale_factor / self.vfm.patch_size if vfm else 1
         if fold < 1 or fold != round(fold) or fold > 1 and not level_dims:
-            raise UserError(f"the VFM's tokens are {fold:g} times as fine as the latents: AlignTok's adapter takes 1, VFM-VAE's 1, 2, 3, ...; see --scale_factor, --downsample")
+            raise UserError(f"the VFM's tokens are {fold:g} times as fine as the latents: AlignTok's adapter takes 1, VFM-VAE's 1, 2, 3, ...; "
+                            "see --scale_factor, --downsample")
         if vfm and level_dims:
             self.adapter = LevelAdapter([self.vfm.level0_dim if i == 0 else self.vfm.embed_dim for i in layers], level_dims, round(fold), z_dim)
         elif vfm:
@@ -1490,8 +1498,8 @@ VFMVAE_KEYS = [   # the released VFM-VAE's names -> ours
     (r"^ldm_adapter\.post_quant\.blocks\.0\.", "decoder.post_quant."), (r"^ldm_adapter\.linear_proj\.", "vf_proj."),
     (r"^mapping\.mlp\.fc0\.", "decoder.mapping.0."), (r"^mapping\.mlp\.fc1\.", "decoder.mapping.2."), (r"^synthesis\.blocks\.", "decoder.blocks."),
     (r"\.seperate_upsample_conv\.", ".upsample."), (r"\.last_upsample_conv\.", ".upsample_sum."), (r"\.conv0\.", ".convs.0."),
-    (r"\.convs1\.(\d+)\.", lambda match: f".convs.{int(match[1]) + 1}."), (r"\.affine_pw1\.proj\.", ".style.affine."), (r"\.torgb\.affine\.proj\.", ".torgb.style.affine."),
-    (r"\.torgb\.", ".to_rgb."), (r"\.self_attns\.(\d+)\.attn\.", r".attns.\1."), (r"\.self_attns\.(\d+)\.", r".attns.\1.")]
+    (r"\.convs1\.(\d+)\.", lambda match: f".convs.{int(match[1]) + 1}."), (r"\.affine_pw1\.proj\.", ".style.affine."),
+    (r"\.torgb\.affine\.proj\.", ".torgb.style.affine."), (r"\.torgb\.", ".to_rgb."), (r"\.self_attns\.(\d+)\.(?:attn\.)?", r".attns.\1.")]
 VFMVAE_UNUSED = (r".*\.zero_k_bias$", r".*\.blur_weight$", r"mapping\.x_avg$")
 
 
@@ -1527,7 +1535,7 @@ def from_vfmvae(state, num_heads=None, layers=(0, 12, -1), scale_factor=2.0, res
                                  fuse_dims=[shape(f"decoder.fusions.{i}.pointwise2.weight")[0] for i in range(count("decoder.fusions."))],
                                  attention=[count(f"decoder.blocks.{i}.attns.") for i in blocks], num_res_blocks=(count("decoder.blocks.0.convs.") - 1) // 3,
                                  w_dim=shape("decoder.mapping.2.weight")[0],
-                                 noise_sizes=[shape(f"decoder.blocks.{i}.convs.0.noise_const")[0] for i in blocks] if "decoder.blocks.0.convs.0.noise_const" in renamed else ()))
+                                 noise_sizes=[shape(key)[0] for i in blocks if (key := f"decoder.blocks.{i}.convs.0.noise_const") in renamed]))
     except KeyError as error:
         raise UserError(f"this looks like a VFM-VAE, but has no {error}")
     return arch, renamed
@@ -1669,7 +1677,8 @@ class FeatureDistance(nn.Module):
         if target is None:
             with torch.no_grad():
                 target = self.vit(b, self.layers)
-        return sum((F.normalize(x.float(), dim=2) - F.normalize(y.float(), dim=2)).square().sum(2).mean(1) for x, y in zip(self.vit(a, self.layers), target)) / len(target)
+        pairs = zip(self.vit(a, self.layers), target)
+        return sum((F.normalize(x.float(), dim=2) - F.normalize(y.float(), dim=2)).square().sum(2).mean(1) for x, y in pairs) / len(target)
 
 
 def kl_loss(mean, logvar):
@@ -1877,8 +1886,9 @@ def build_tokenizer(cfg, pretrained=True):
 def select_parameters(tokenizer, trains):
     """Marks what a stage trains ("encoder", "adapter", "decoder", "high": the decoder's three finest blocks); the rest is frozen -> groups."""
     tokenizer.requires_grad_(False)
-    modules = dict(encoder=[tokenizer.vfm], adapter=[tokenizer.adapter, tokenizer.vf_proj], decoder=[tokenizer.decoder],
-                   high=[*tokenizer.decoder.blocks][-3:] if hasattr(tokenizer.decoder, "blocks") else [*tokenizer.decoder.up[:3], tokenizer.decoder.norm_out, tokenizer.decoder.conv_out])
+    decoder = tokenizer.decoder
+    modules = dict(encoder=[tokenizer.vfm], adapter=[tokenizer.adapter, tokenizer.vf_proj], decoder=[decoder],
+                   high=decoder.blocks[-3:] if hasattr(decoder, "blocks") else [*decoder.up[:3], decoder.norm_out, decoder.conv_out])
     groups = {}
     for name in trains.split():
         groups[name] = [p for module in modules[name] if module is not None for p in module.requires_grad_(True).parameters()]
@@ -1901,7 +1911,8 @@ def average_weights(averages, module, images, batch, half_kimg):
     """Moves the averages {name: tensor} of the weights that are being trained towards them; half-life in thousands of images, at most 5% of those seen."""
     live = dict(module.named_parameters())
     names = [name for name in averages if live[name].requires_grad]
-    torch._foreach_lerp_([averages[name] for name in names], [live[name].detach() for name in names], 1 - 0.5 ** (batch / max(1e-3, min(half_kimg * 1000, 0.05 * images))))
+    decay = 0.5 ** (batch / max(1e-3, min(half_kimg * 1000, 0.05 * images)))
+    torch._foreach_lerp_([averages[name] for name in names], [live[name].detach() for name in names], 1 - decay)
 
 
 class Trainer:
@@ -1915,7 +1926,9 @@ class Trainer:
         self.cfg, self.tokenizer, self.world, self.target_vfm = cfg, tokenizer, world, vfm
         self.perceptual_net = None
         if any(stage.lpips for stage in STAGES[cfg.method]) and cfg.lpips_scale:
-            self.perceptual_net = (LPIPS(cfg.lpips_weights if pretrained else None) if cfg.perceptual == "lpips" else FeatureDistance(load_vfm(cfg.perceptual, cfg.out, pretrained))).to(world.device)
+            lpips = cfg.perceptual == "lpips"
+            net = LPIPS(cfg.lpips_weights if pretrained else None) if lpips else FeatureDistance(load_vfm(cfg.perceptual, cfg.out, pretrained))
+            self.perceptual_net = net.to(world.device)
         self.pretrained, self.anchor, self.gan, self.length_scale = pretrained, None, None, length_scale
         self.stamp = lambda part: None   # `bench` puts a stopwatch here
         if cfg.compile:
@@ -1933,7 +1946,8 @@ class Trainer:
         cfg, device, stages = self.cfg, self.world.device, STAGES[self.cfg.method]
         self.stage = stage
         reached = stages[:[s.name for s in stages].index(stage.name) + 1]        # a VFM that has been trained is no longer the perceptual distance's
-        self.shares = isinstance(self.perceptual_net, FeatureDistance) and (cfg.perceptual, 1) == vfm_of(cfg) and not any("encoder" in s.trains for s in reached)
+        self.shares = (isinstance(self.perceptual_net, FeatureDistance) and (cfg.perceptual, 1) == vfm_of(cfg)
+                       and not any("encoder" in s.trains for s in reached))
         groups = select_parameters(self.tokenizer, stage.trains)
         self.parameters = [p for group in groups.values() for p in group]
         adam = functools.partial(torch.optim.Adam, betas=(stage.betas[0] if cfg.beta1 < 0 else cfg.beta1, stage.betas[1]), fused=device.type == "cuda")
@@ -2154,7 +2168,8 @@ def train(cfg, world):
     path = Path(cfg.out) / "tokenizer.pt"
     plan, length_scale = stage_plan(cfg)
     if cfg.stage and cfg.stage not in [number for number, *_ in plan]:
-        raise UserError(f"--stage={cfg.stage}: {cfg.method} has the stages {', '.join(f'{number} ({stage.name})' for number, stage, *_ in plan)} with these weights")
+        stages = ", ".join(f"{number} ({stage.name})" for number, stage, *_ in plan)
+        raise UserError(f"--stage={cfg.stage}: {cfg.method} has the stages {stages} with these weights")
     end = plan[-1][3]
     if not end:
         raise UserError(f"--kimg={cfg.kimg:g} is less than one batch of {cfg.batch_size}")
@@ -2165,8 +2180,9 @@ def train(cfg, world):
     torch.manual_seed(cfg.seed)
     entries = load_checkpoint(path, "tokenizer") if cfg.resume and path.exists() else None
     if entries:
-        fixed = ("method", "data", "image_size", "vfm", "scale_factor", "layers", "z_dim", "downsample", "level_dim", "decoder", "post_factor", "widths", "fuse_dims",
-                 "attention", "num_res_blocks", "w_dim", "ch", "ch_mult", "ldm_blocks", "ldm_attention", "groups", "batch_size", "seed", "kimg", "vf_scale", "gan_scale", "disc_vfm", "ndf")
+        fixed = ("method", "data", "image_size", "vfm", "scale_factor", "layers", "z_dim", "downsample", "level_dim", "decoder", "post_factor", "widths",
+                 "fuse_dims", "attention", "num_res_blocks", "w_dim", "ch", "ch_mult", "ldm_blocks", "ldm_attention", "groups", "batch_size", "seed", "kimg",
+                 "vf_scale", "gan_scale", "disc_vfm", "ndf")
         changed = [f"{key}={entries['config'].get(key)}, now {getattr(cfg, key)}" for key in fixed if entries["config"].get(key) != getattr(cfg, key)]
         if changed:
             raise UserError(f"{path} was trained with {'; '.join(changed)}: choose another --out, or --resume=0 to start afresh")
@@ -2178,13 +2194,15 @@ def train(cfg, world):
         load_state(tokenizer, entries["model"], str(path))
         seen = entries["images"]
     if seen < plan[0][2]:
-        raise UserError(f"stage {plan[0][0]} starts from the end of the one before, {plan[0][2]} images, but {path} {'has seen ' + str(seen) if entries else 'does not exist'}")
+        raise UserError(f"stage {plan[0][0]} starts from the end of the one before, {plan[0][2]} images, but {path} "
+                        + (f"has seen {seen}" if entries else "does not exist"))
     if seen >= plan[-1][3]:
         if world.rank == 0:
             print(f"{path} is already trained ({seen} images); --resume=0 starts afresh")
         tokenizer.load_state_dict(entries["ema"], strict=False)
         return tokenizer
-    flops = count_flops(tokenizer, cfg.image_size) if world.device.type == "cuda" else None      # before anything is compiled: dynamo skips what a dispatch mode has seen
+    # before anything is compiled: dynamo skips what a dispatch mode has seen
+    flops = count_flops(tokenizer, cfg.image_size) if world.device.type == "cuda" else None
     trainer = Trainer(cfg, tokenizer, world, vfm, length_scale)
     ema = {name: p.detach().clone() for name, p in tokenizer.named_parameters() if not name.startswith("vfm.") or cfg.method == "aligntok"}
     if entries:
@@ -2317,7 +2335,8 @@ def evaluate(cfg, tokenizer, world):
     if moments:
         for part in moments.values():
             part.reduce(world)
-        result["rFID" if extractor.name == "inception" else f"rFD ({extractor.name})"] = fid.frechet_distance(*moments["real"].statistics(), *moments["decoded"].statistics())
+        name = "rFID" if extractor.name == "inception" else f"rFD ({extractor.name})"
+        result[name] = fid.frechet_distance(*moments["real"].statistics(), *moments["decoded"].statistics())
     if world.rank == 0:
         print(f"{n} held-out images of {cfg.data}, {cfg.image_size} px")
         print("\n".join([*(f"  {name:32s} {value:10.4f}" for name, value in result.items()), *(f"  note: {note}" for note in notes)]))
@@ -2333,7 +2352,8 @@ def bench(cfg, world):
     cuda = world.device.type == "cuda"
     trainer = Trainer(cfg, tokenizer, world, vfm and vfm.to(world.device), pretrained=False)
     print(f"{cfg.method}, {cfg.image_size} px, {world.size} x {torch.cuda.get_device_name() if cuda else 'cpu'}, batch {cfg.batch_size}; {describe(tokenizer)}")
-    batches = [torch.randint(0, 256, (cfg.batch_size // world.size // cfg.accumulate, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8).to(world.device)] * cfg.accumulate
+    shape = cfg.batch_size // world.size // cfg.accumulate, 3, cfg.image_size, cfg.image_size
+    batches = [torch.randint(0, 256, shape, dtype=torch.uint8).to(world.device)] * cfg.accumulate
 
     def mark():
         event = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
@@ -2364,7 +2384,8 @@ def bench(cfg, world):
             parts[part] = parts.get(part, 0) + (before.elapsed_time(after) if cuda else 1000 * (after - before)) / cfg.bench
         total = sum(parts.values())
         memory = f", peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else ""
-        print(f"  {total:.1f} ms a step, {1000 * cfg.batch_size / total:.1f} images a second{memory}: " + ", ".join(f"{part} {100 * t / total:.0f}%" for part, t in parts.items()), flush=True)
+        shares = ", ".join(f"{part} {100 * t / total:.0f}%" for part, t in parts.items())
+        print(f"  {total:.1f} ms a step, {1000 * cfg.batch_size / total:.1f} images a second{memory}: {shares}", flush=True)
 
 
 def run():
@@ -2373,15 +2394,17 @@ def run():
         raise UserError(f"--method={cfg.method}: there are {', '.join(STAGES)}")
     if cfg.decoder not in ("", "vfmvae", "ldm"):
         raise UserError(f"--decoder={cfg.decoder}: there are vfmvae, ldm")
-    least = dict.fromkeys(("image_size", "z_dim", "downsample", "batch_size", "accumulate", "groups", "log_interval", "grid_interval", "save_interval", "eval_images"), 1)
+    least = dict.fromkeys(("image_size", "z_dim", "downsample", "batch_size", "accumulate", "groups", "log_interval", "grid_interval", "save_interval",
+                           "eval_images"), 1)
     for name, low in dict(least, workers=0, seed=0, kimg=0, bench=0, ema_kimg=0).items():
         if getattr(cfg, name) < low:
             raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {low}")
     world = init_world()
     if cfg.eval:
         tokenizer = load_tokenizer(cfg.ckpt or Path(cfg.out) / "tokenizer.pt")
-        default, trained = Config(**PRESETS[cfg.preset]), tokenizer.about.get("config", {})         # on what it was trained for, where no flag says otherwise
-        cfg = dataclasses.replace(cfg, **{key: trained[key] for key in ("data", "data_dir", "image_size") if key in trained and getattr(cfg, key) == getattr(default, key)})
+        default, trained = Config(**PRESETS[cfg.preset]), tokenizer.about.get("config", {})
+        same = [key for key in ("data", "data_dir", "image_size") if key in trained and getattr(cfg, key) == getattr(default, key)]
+        cfg = dataclasses.replace(cfg, **{key: trained[key] for key in same})        # on what it was trained for, where no flag says otherwise
         evaluate(cfg, tokenizer, world)
     elif cfg.bench:
         bench(cfg, world)
