@@ -10,6 +10,7 @@ Alignment of tokenizers and diffusion models with vision foundation models (VFMs
 CKNNA is arXiv 2405.07987, SE-CKNNA and dual alignment VFM-VAE's (2510.18457), joint training REPA-E's (2504.10483).
 """
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import diffusion
 import tokenizer
 from diffusion import DiT, ImageNoise, build, fingerprint, flow_losses, full_state, load_diffusion, model_arch, train_step, vfm_tokens, write_json
-from fid import frechet_distance, full_float32, load_features
+from fid import frechet_distance, full_float32, load_features, total
 from sample import ode
 from tokenizer import (STAGES, Images, Log, Shapes, StepSampler, Tokenizer, Trainer, UserError, average_gradients, average_weights, batch_indices,
                        build_tokenizer, init_world, load_checkpoint, load_tokenizer, load_vfm, load_weights, main, make_loader, parse_config, psnr,
@@ -104,9 +105,9 @@ def neighbours(features, k):
 def hsic(K, L):
     """Unbiased HSIC of kernels with zero diagonals (Song et al. 2012, eq. 5) -> scalar, float64. They need not be symmetric."""
     n = len(K)
-    total = lambda x, *dim: x.sum(*dim, dtype=torch.float64)
-    product = total(K, 0) @ total(L, 1)                                          # the sum of all entries of K L
-    return (total(K * L.T) + total(K) * total(L) / ((n - 1) * (n - 2)) - 2 / (n - 2) * product) / (n * (n - 3))
+    add = lambda x, *dim: x.sum(*dim, dtype=torch.float64)
+    product = add(K, 0) @ add(L, 1)                                              # the sum of all entries of K L
+    return (add(K * L.T) + add(K) * add(L) / ((n - 1) * (n - 2)) - 2 / (n - 2) * product) / (n * (n - 3))
 
 
 def agreement(a, b):
@@ -167,8 +168,8 @@ def load_subjects(paths, world):
 
     def subject(path):
         if path not in subjects:
-            net, entries = load_tokenizer(path).to(world.device), load_weights(path)
-            config = tokenizer.Config(**entries["config"]) if entries.get("kind") else None
+            net = load_tokenizer(path).to(world.device)
+            config = tokenizer.Config(**net.about["config"]) if net.about else None
             own = vfm_of(config)[0] if config else f"VFM of {path}" if net.vfm else ""
             if net.vfm and net.layers[-1] == -1 and (config is None or config.method == "vfmvae"):
                 vfms.setdefault(own, net.vfm)                                    # frozen: it is the pretrained one
@@ -231,12 +232,14 @@ def transformed(images, indices, scales, seed):
 
 def pooled_features(subjects, vfms, images):
     """Yields (key, [B, D] averaged over positions) of images [B, 3, s, s]; keys are ("vfm", name), (tokenizer's name, "latents"), (diffusion model's
-    name, "block 1"), ... A VFM sees the images at the size that gives it a token for each position of the first tokenizer's latents, REPA's way."""
-    side, cls = images.shape[-1], {}
-    for name in vfms:
-        tokens = vfm_tokens(vfms[name], images, side // subjects[0].tokenizer.downsample)
-        cls[name] = tokens[:, 0]
-        yield ("vfm", name), tokens[:, int(vfms[name].cls_token is not None):].mean(1)
+    name, "block 1"), ... A VFM on which a tokenizer stands sees the images at the size at which the tokenizer shows them to it; another one at the size
+    that gives it a token for each position of the first tokenizer's latents, REPA's way."""
+    side = images.shape[-1]
+    owners = {subject.vfm: subject.tokenizer for subject in reversed(subjects) if subject.tokenizer.vfm is not None}
+    tokens = functools.cache(lambda name, grid: vfm_tokens(vfms[name], images, grid))
+    for name, vfm in vfms.items():
+        grid = round(side * owners[name].scale_factor) // vfm.patch_size if name in owners else side // subjects[0].tokenizer.downsample
+        yield ("vfm", name), tokens(name, grid)[:, int(vfm.cls_token is not None):].mean(1)
     for subject in subjects:
         net = subject.tokenizer
         levels = net.features(images)
@@ -245,7 +248,8 @@ def pooled_features(subjects, vfms, images):
         yield (subject.name, "latents"), z.mean((2, 3))
         for network in subject.networks:
             mean, std = (s.to(z.device).view(1, -1, 1, 1) for s in (network.mean, network.std))
-            blocks = block_features(network.dit, (z - mean) / std, *([cls[network.vfm]] if network.dit.cls_dim else []))
+            cls = [tokens(network.vfm, z.shape[-1] // network.dit.patch_size)[:, 0]] if network.dit.cls_dim else []
+            blocks = block_features(network.dit, (z - mean) / std, *cls)
             for i, block in enumerate(blocks, 1):
                 yield (network.name, f"block {i}"), block
 
@@ -284,7 +288,7 @@ def measure(subjects, vfms, size, images, labels, indices, cfg, world):
     def gather(parts):                   # rank r's rows are r, r + size, ...
         value = torch.zeros(len(labels), parts[0].shape[1], device=world.device)
         value[world.rank::world.size] = torch.cat(parts)
-        return value if world.size == 1 else world.mean(value) * world.size
+        return total(world, value)
 
     found = {condition: {key: gather(parts) for key, parts in sets.items()} for condition, sets in found.items()}
     labels = torch.as_tensor(labels, device=world.device)
@@ -296,7 +300,7 @@ def measure(subjects, vfms, size, images, labels, indices, cfg, world):
             own = neighbours(prepare(sets[key]), cfg.k)
             for name, target in targets.items():
                 rows.setdefault((key, name), dict(name=key[0], part=key[1], step=steps.get(key[0]), vfm=name))[condition] = agreement(own, target).item()
-    probes = {key: linear_probe(found["clean"][key], labels) for key in keys}
+    probes = {key: linear_probe(found["clean"][key], labels) if labels.max() > 0 else math.nan for key in keys}      # nothing to tell apart
     for (key, _), row in rows.items():
         row.update({"SE-CKNNA": float(np.mean([row[condition] for condition in CONDITIONS])), "probe": probes[key]})
     return list(rows.values()), scales
@@ -450,9 +454,9 @@ class JointTrainer(Trainer):
         whole = z.shape[-1] == dit.input_size
         if not whole:                    # shrunk by the equivariance regularisation: the DiT, whose latents have one size, learns from the whole images
             images = to_float(self.images.to(self.world.device, non_blocking=True))
-            with torch.no_grad():
-                mean, logvar, _ = self.encode(images)
-                z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+            with torch.no_grad(), self.world.autocast():
+                mean, logvar = self.tokenizer.encode(images)
+            z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         leaf = z.detach().requires_grad_(whole and side in ("tokenizer", "both"))
         tokens = None
         if self.align_vfm is not None:
@@ -530,7 +534,7 @@ def train(cfg, paths, world):
     seed_step(cfg.seed, -1)
     net, vfm = build_tokenizer(tok_cfg)
     net.load_state_dict(entries["model"] if resumed else {**entries["model"], **entries["ema"]})
-    net = net.to(world.device, memory_format=torch.channels_last if world.device.type == "cuda" else torch.contiguous_format)
+    net = net.to(world.device, memory_format=world.layout)
 
     # the diffusion model, with a projection if it has none; both begin with new optimizers
     dit_cfg, arch = diffusion.Config(**dit_entries["config"]), dit_entries["arch"]
@@ -602,8 +606,8 @@ def train(cfg, paths, world):
         if (step + 1) % cfg.log_interval == 0 or saving:
             losses = {name: world.mean(value.to(world.device)) for name, value in losses.items()}
             log.write(step + 1, (step + 1) * cfg.batch_size, **losses)
-            if not math.isfinite(losses["velocity"]):
-                raise UserError(f"the velocity loss is {float(losses['velocity'])} at step {step + 1}; the checkpoints in {folder} are as they were")
+            if not all(math.isfinite(losses[key]) for key in ("velocity", "grad_norm", "dit_grad_norm")):
+                raise UserError(f"the losses or gradients are not finite at step {step + 1}: {float(losses['velocity']):g} of velocity; the checkpoints in {folder} are as they were")
         if saving:
             save(step + 1)
     log.bar.close()
@@ -620,14 +624,14 @@ METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
 for method in "vavae", "vfmvae", "aligntok":
     METHODS[method], METHODS[f"{method}-blind"] = dict(method=method), dict(method=method, vfm="toy-blind")
 QUALITIES = "SE-CKNNA", "CKNNA", "SE-CKNNA to toy", "SE-CKNNA to toy-blind", "probe", "PSNR", "rFD", "rAccuracy"     # of a tokenizer alone
-OUTCOMES = "gFD", "gFD to reconstructions", "accuracy"
+OUTCOMES = "gFD", "gFD to reconstructions", "accuracy", "accuracy / rAccuracy"
 
 
 class Study:
     """What all runs share, on the device: images, labels, VFMs, their tokens of the images, the judge (the toy's classifier)."""
 
-    def __init__(self, cfg, world):
-        self.cfg, self.world = cfg, world
+    def __init__(self, cfg, world, row):
+        self.cfg, self.world, self.row = cfg, world, row         # row: of the terminal, for this process's bar
         self.vfms = {name: load_vfm(name, cfg.out).to(world.device) for name in ("toy", "toy-blind")}
         self.judge = load_features("toy", cfg.out, world.device)
         sets = [Shapes("train", cache=cfg.out), Shapes("val", cache=cfg.out)]
@@ -637,6 +641,7 @@ class Study:
         self.tokens = {}
         self.real, predicted = self.look(self.val)
         self.real_accuracy = (predicted == self.val_labels).double().mean().item()
+        self.networks = fingerprint(*self.vfms.values(), self.judge)             # runs that learnt from others do not go into one table
 
     @torch.no_grad()
     @full_float32()
@@ -646,10 +651,11 @@ class Study:
         features = torch.cat(features).double().cpu().numpy()
         return (features.mean(0), np.cov(features.T)), torch.cat(logits).argmax(1)
 
-    def order(self, batch, seed, first, last):
-        """Indices of all batches, uploaded once -> [last - first, batch]."""
+    def order(self, batch, seed, first, last, title):
+        """Yields the indices of each batch, uploaded at once, [batch]; a progress bar shows how far they are."""
         parts = [batch_indices(len(self.train), batch, seed, step)[0] for step in range(first, last)]
-        return torch.from_numpy(np.array(parts, np.int64).reshape(-1, batch)).to(self.world.device)
+        indices = torch.from_numpy(np.array(parts, np.int64).reshape(-1, batch)).to(self.world.device)
+        return tqdm(indices, desc=title, position=self.row, leave=False, mininterval=1)
 
     @torch.no_grad()
     def vfm_tokens(self, name, grid, part=500):
@@ -672,8 +678,10 @@ class Study:
             # VFM-VAE's first VF weight of 5 holds the toy's reconstructions at 15 dB
             trainer.start_stage(dataclasses.replace(stage, betas=(0.9, 0.99), vf=min(stage.vf, 1.0)))
             net.load_state_dict({name: ema[name] for name, p in net.named_parameters() if not p.requires_grad}, strict=False)        # as train does
+            if trainer.anchor:
+                trainer.anchor.load_state_dict({name: ema[name] for name, _ in trainer.anchor.named_parameters()}, strict=False)
             first, last = first // tok_cfg.batch_size, last // tok_cfg.batch_size
-            for step, index in enumerate(self.order(tok_cfg.batch_size, seed, first, last), first):
+            for step, index in enumerate(self.order(tok_cfg.batch_size, seed, first, last, f"{method}, seed {seed}: {stage.name}"), first):
                 seed_step(seed, step)
                 images = self.train[index]
                 mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
@@ -694,7 +702,7 @@ class Study:
         noise = torch.randn(n, *latents.shape[1:], generator=torch.Generator().manual_seed(seed)).to(world.device)
         cls_noise = torch.randn(n, dit.cls_dim, generator=torch.Generator().manual_seed(seed)).to(world.device) if dit.cls_dim else None
         y, points = torch.arange(n, device=world.device) % len(Shapes.classes), []
-        for step, index in enumerate(self.order(dit_cfg.batch_size, seed, 0, cfg.study_steps), 1):
+        for step, index in enumerate(self.order(dit_cfg.batch_size, seed, 0, cfg.study_steps, f"  its diffusion model, alignment {align}"), 1):
             batch = dict(latents=latents[index], labels=self.labels[index], tokens=tokens[index].float() if vfm else None)
             train_step(dit, parallel, ema, optimizer, [batch], dit_cfg, world, step - 1)
             if step in cfg.study_points:
@@ -725,7 +733,7 @@ class Study:
         read = lambda parts: (self.val[torch.as_tensor(rows, device=self.val.device)] for rows in parts)
         rows, scales = measure([subject], self.vfms, self.val.shape[-1], read, self.val_labels, self.indices[1], cfg, self.world)
         own, toy, blind = (next(row for row in rows if row["part"] == "latents" and row["vfm"] == name) for name in (tok_cfg.vfm, "toy", "toy-blind"))
-        return {"method": method, "seed": seed, "settings": settings_of(cfg), "seconds": time.time() - started, "judge": self.real_accuracy,
+        return {"method": method, "seed": seed, "settings": settings_of(cfg), "networks": self.networks, "seconds": time.time() - started, "judge": self.real_accuracy,
                 "PSNR": psnr(to_float(self.val), to_float(decoded)).mean().item(), "rFD": frechet_distance(*reconstructed, *self.real),
                 "rAccuracy": (recognised == self.val_labels).double().mean().item(), "CKNNA": own["clean"], "SE-CKNNA": own["SE-CKNNA"],
                 "SE-CKNNA to toy": toy["SE-CKNNA"], "SE-CKNNA to toy-blind": blind["SE-CKNNA"],
@@ -740,6 +748,9 @@ def settings_of(cfg):
 def study_report(cfg, folder, wanted):
     """table.md, results.json and study.png of the runs that are finished -> the table's text."""
     results = [json.loads(path.read_text()) for path in wanted if path.exists()]
+    for r in results:
+        for point in itertools.chain(*r["points"].values()):
+            point["accuracy / rAccuracy"] = point["accuracy"] / max(r["rAccuracy"], 1e-6)
     methods, aligns = list(dict.fromkeys(r["method"] for r in results)), cfg.study_align.split(",")
     of = lambda method: [r for r in results if r["method"] == method]
     line = lambda *cells: "| " + " | ".join(cells) + " |"
@@ -748,11 +759,12 @@ def study_report(cfg, folder, wanted):
     points = range(len(cfg.study_points))
     lines = [f"{len(results)} of {len(wanted)} runs; mean ± standard deviation over seeds. Each tokenizer: {cfg.study_kimg:g} thousand images, VFM-VAE's decoder for "
              f"all, latents 4 x 4 x 32 (vae-8: x 8); each diffusion model: {cfg.study_steps:,} steps of 64, {cfg.study_samples:,} samples of {cfg.study_sampling} Euler times, "
-             f"guidance {cfg.study_guidance:g}. FD: the Frechet distance of the toy classifier's features; gFD against real held-out images, in brackets against the "
-             "tokenizer's own reconstructions. Accuracy: the share of samples that the classifier recognises as the class asked for (of real images "
-             f"{np.mean([r['judge'] for r in results]):.1%}; of reconstructions: rAccuracy, the most that samples can be expected to reach). CKNNA is against the "
-             "tokenizer's own VFM (vae: toy), which is also the one that diffusion models are aligned to; blind: one that was never told the class. The VFMs and the "
-             "classifier are trained once: the spread leaves them out. The learning rate falls over the second half of diffusion training."]
+             f"guidance {cfg.study_guidance:g}. FD: the Frechet distance of the toy classifier's features; gFD against real held-out images (rFD: against the very "
+             "images that were reconstructed), in brackets against the tokenizer's own reconstructions. Accuracy: the share of samples that the classifier "
+             f"recognises as the class asked for (of real images {np.mean([r['judge'] for r in results]):.1%}; of reconstructions: rAccuracy, the most that "
+             "samples can be expected to reach). CKNNA is against the tokenizer's own VFM (vae: toy), which is also the one that diffusion models are aligned to; "
+             "blind: one that was never told the class. The VFMs and the classifier are trained once: the spread leaves them out. The learning rate falls over the "
+             "second half of diffusion training."]
     lines += head("tokenizer", *QUALITIES)
     lines += [line(method, *(spread([r[key] for r in of(method)], 2 if key in ("PSNR", "rFD") else 3) for key in QUALITIES)) for method in methods]
     lines += head("tokenizer", "alignment", *(f"{outcome} at {step:,}" for outcome in ("gFD", "accuracy") for step in cfg.study_points))
@@ -761,17 +773,23 @@ def study_report(cfg, folder, wanted):
             at = lambda i, key, digits: spread([r["points"][align][i][key] for r in of(method)], digits)
             distances = (f"{at(i, 'gFD', 1)} ({at(i, 'gFD to reconstructions', 1)})" for i in points)
             lines.append(line(method, align, *distances, *(at(i, "accuracy", 3) for i in points)))
+        for align in aligns[1:]:         # paired: a seed's diffusion models share latents, order and noise
+            gain = lambda i, key, digits: spread([r["points"][align][i][key] - r["points"][aligns[0]][i][key] for r in of(method)], digits)
+            lines.append(line(method, f"{align} - {aligns[0]}", *(gain(i, "gFD", 1) for i in points), *(gain(i, "accuracy", 3) for i in points)))
     rho = {}
     if len(results) > 2:
-        lines += ["", f"Spearman's rank correlation, over the {len(results)} runs (of {len(methods)} methods: seeds are not independent), of what is known before diffusion with what "
-                  "comes of it. Of gFD and rFD less is better: where SE-CKNNA helps, its sign with gFD is negative."]
+        lines += ["", f"Spearman's rank correlation, over the {len(results)} runs and, in brackets, over the means of the {len(methods)} methods (the seeds of one are "
+                  "not independent), of what is known before diffusion with what comes of it. Of gFD and rFD less is better: where SE-CKNNA helps, its sign with gFD "
+                  "is negative."]
         lines += head("with the final", "alignment", *QUALITIES)
         for outcome in OUTCOMES:
             for align in aligns:
-                final = [r["points"][align][-1][outcome] for r in results]
-                found = {quality: float(spearmanr([r[quality] for r in results], final).statistic) for quality in QUALITIES}
+                final = lambda r: r["points"][align][-1][outcome]
+                means = lambda value: [np.mean([value(r) for r in of(method)]) for method in methods]
+                found = {q: [float(spearmanr(*pair).statistic) for pair in (([r[q] for r in results], list(map(final, results))), (means(lambda r: r[q]), means(final)))]
+                         for q in QUALITIES}
                 rho.setdefault(align, {})[outcome] = found
-                lines.append(line(outcome, align, *(f"{found[quality]:+.2f}" for quality in QUALITIES)))
+                lines.append(line(outcome, align, *(f"{runs:+.2f} ({averages:+.2f})" for runs, averages in found.values())))
     text = "\n".join(lines) + "\n"
     write_text(folder / "table.md", text)
     write_json(folder / "results.json", dict(runs=results, spearman=rho))
@@ -807,7 +825,10 @@ def study(cfg):
     if not all(path.exists() for path in paths.values()):
         while rank and not all(path.exists() for path in shared):                # made by the first process, once
             time.sleep(1)
-        common = Study(cfg, world)
+        common = Study(cfg, world, rank)
+        for path in paths.values():
+            if path.exists() and json.loads(path.read_text())["networks"] != common.networks:
+                raise UserError(f"{path} was made with other VFMs or another classifier than lie in {cfg.out}: give another --out, or remove {folder}")
     for run in runs[rank::size]:
         if not paths[run].exists():
             result = common.run(*run)

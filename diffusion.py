@@ -85,7 +85,7 @@ class Config:
     batch_size: int = 64              # of all processes and accumulation steps together
     accumulate: int = 1               # micro-batches to a step
     lr: float = 2e-3                  # AdamW, betas (0.9, beta2), no weight decay
-    warmup: int = 100                 # steps of linear warm-up
+    warmup: int = 100                 # steps of linear warm-up (0: none)
     cooldown: float = 0.5             # last share of the steps over which the learning rate falls linearly to 0 (ours; the papers' is constant)
     beta2: float = 0.95               # of AdamW's second moments
     clip: float = 1.0                 # gradient norm
@@ -98,9 +98,9 @@ class Config:
     bench_latents: tuple = (32, 16, 16)         # their shape: f16 latents of a 256 px image
     # intervals, in steps
     log_interval: int = 50            # between lines of the log
-    val_interval: int = 500           # between validation losses
+    val_interval: int = 500           # between validation losses (0: at the end alone)
     sample_interval: int = 500        # a grid of samples, OUT/grids/diffusion-STEP.png (0: none)
-    save_interval: int = 500          # between checkpoints
+    save_interval: int = 500          # between checkpoints (0: at the end alone)
 
 
 IMAGENET = dict(data="data/imagenet", model="XL", batch_size=1024, steps=100_000, lr=2e-4, warmup=0, cooldown=0.0, ema=0.9999, workers=8, encode_batch=64,
@@ -282,7 +282,7 @@ class DiT(nn.Module):
 
 
 def turn_round(weights):
-    """SiT and REG learn v = noise - data with time from data to noise. The same function in our direction is an exact change of a few
+    """REPA and REG learn v = noise - data with time from data to noise. The same function in our direction is an exact change of a few
     weights: the outputs' signs, and cos((1-t)f) = cos(f) cos(tf) + sin(f) sin(tf), likewise the sine, folded into the time embedding."""
     cos, sin = TimestepEmbedder.freqs.cos(), TimestepEmbedder.freqs.sin()
     a, b = weights["t_embedder.mlp.0.weight"].double().chunk(2, 1)
@@ -291,7 +291,7 @@ def turn_round(weights):
 
 
 def official_arch(weights):
-    """The DiT arguments of a LightningDiT, SiT, REPA or REG state dict, from its keys and shapes. Head counts without QK norm, and the
+    """The DiT arguments of a LightningDiT, REPA or REG state dict, from its keys and shapes. Head counts without QK norm, and the
     depth at which a projection sits, cannot be read off: they are the published models'."""
     shape = {key: tuple(value.shape) for key, value in weights.items()}
     (D, channels, p, _), sit = shape["x_embedder.proj.weight"], "blocks.0.mlp.fc1.weight" in shape
@@ -311,7 +311,7 @@ def official_arch(weights):
 
 
 def load_diffusion(path, weights="ema", **overrides):
-    """A DiT, in eval mode on the CPU, from a checkpoint of diffusion.py, or an official LightningDiT, SiT, REPA or REG file.
+    """A DiT, in eval mode on the CPU, from a checkpoint of diffusion.py, or an official LightningDiT, REPA or REG file.
 
     Official files are {"ema": ..., "model": ...} or a bare state dict, keys perhaps behind "module." or "_orig_mod."; `weights` picks one.
     What they cannot tell is an override (`num_heads=4, encoder_depth=2, input_size=16`). The model runs in our time whatever the file's.
@@ -331,7 +331,7 @@ def load_diffusion(path, weights="ema", **overrides):
         try:
             arch = official_arch(state)
         except (KeyError, ValueError) as error:
-            raise UserError(f"{path} is no diffusion transformer that load_diffusion knows (LightningDiT, SiT, REPA, REG): it lacks or misshapes {error}")
+            raise UserError(f"{path} is no diffusion transformer that load_diffusion knows (LightningDiT, REPA, REG): it lacks or misshapes {error}")
         state = {key: value for key, value in state.items() if key != "pos_embed" and not key.startswith("feat_rope.")}      # tables that we compute
         if arch["arch"] == "sit" and "t_embedder.mlp.0.weight" in state:
             state = turn_round(state)
@@ -371,6 +371,13 @@ def vfm_tokens(vfm, images, grid):
     return vfm(vfm.resize(images, (grid * vfm.patch_size,) * 2), cls=True)[0].float()
 
 
+def mapped(path, dtype):
+    """A memory-mapped .npy as a tensor that nobody may write to: a private writable mapping would be charged against memory and swap."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)             # PyTorch's, of read-only memory
+        return torch.from_numpy(np.load(path, mmap_mode="r")).view(dtype)
+
+
 class Latents(Dataset):
     """A finished cache: `arrays` [2 n, ...] by name (mean, logvar, features), memory-mapped; `labels` [n]; `mean`, `std` [C] over its images.
     Items are asked for as a StepSampler does, a batch at once; `read` copies rows and does nothing else. UserError if it is not finished."""
@@ -384,8 +391,7 @@ class Latents(Dataset):
         self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
         self.arrays = {}
         for name in names:
-            array = np.load(folder / f"{name}.npy", mmap_mode="c")         # copy on write: PyTorch warns of read-only memory
-            self.arrays[name] = torch.from_numpy(array).view(DTYPES[self.meta["arrays"][name]["dtype"]][0])
+            self.arrays[name] = mapped(folder / f"{name}.npy", DTYPES[self.meta["arrays"][name]["dtype"]][0])
 
     def __len__(self):
         return len(self.labels)
@@ -507,8 +513,7 @@ def fill_cache(folder, names, tokenizer, images, world, indices, vfm, grid, batc
 
 def latent_statistics(folder, names, dtype, count=20_000):
     """{"mean", "std"} per channel, over positions and `count` rows (LightningDiT: 10,000 images); of samples, where there is a logvar."""
-    view = lambda name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")).view(dtype)
-    means, logvars = view("mean"), view("logvar") if "logvar" in names else None
+    means, logvars = (mapped(folder / f"{name}.npy", dtype) if name in names else None for name in ("mean", "logvar"))
     total, squares, number = 0, 0, 0
     for rows in torch.linspace(0, len(means) - 1, min(len(means), count)).long().split(1000):
         z = means[rows].double()
@@ -587,7 +592,8 @@ def build(cfg, world, arch, saved=None):
         for part in (*model.blocks, model, *ema.blocks, ema):
             fully_shard(part, mp_policy=policy, reshard_after_forward=True)      # the root, too: the EMA has no backward pass to reshard it
     elif world.size > 1:
-        parallel = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
+        parallel = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True,
+                                           broadcast_buffers=False)              # they are constants
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=0, fused=True)
     if saved:
         set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
@@ -626,6 +632,8 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if cfg.fsdp:
+        ema.reshard()                    # sampling from it may have left the root whole
     update_ema(ema, model, cfg.ema)
     return dict(totals, grad_norm=norm.full_tensor() if cfg.fsdp else norm)
 
@@ -720,6 +728,8 @@ def train(cfg, world):
     tokenizer = load_tokenizer(tokenizer_path).to(device)
     size = cfg.image_size or tokenizer.resolution
     images, held_out = (Images(cfg.data, split, size, cfg.data_dir, cfg.download, flip=split == "train", cache=cfg.out) for split in ("train", "val"))
+    if list(held_out.classes) != list(images.classes):
+        raise UserError(f"{cfg.data}: val has other classes than train ({len(held_out.classes)}, {len(images.classes)}): both need the same folders")
     side = size // tokenizer.downsample
     vfm, tokens_side = load_vfm(cfg.align_vfm, out=cfg.out).to(device) if cfg.align != "none" else None, side // cfg.patch_size
     if cfg.align == "reg" and vfm.cls_token is None:
@@ -736,8 +746,9 @@ def train(cfg, world):
     origin = latents.meta["arrays"]["mean"]["of"]
     saved = load_checkpoint(path, "diffusion") if cfg.resume and path.exists() else None
     if saved:
-        now = dict(arch, latents=origin, batch_size=cfg.batch_size, seed=cfg.seed)
-        then = dict(saved["arch"], latents=saved["latents"], batch_size=saved["config"]["batch_size"], seed=saved["config"]["seed"])
+        keys = ["batch_size", "seed", "sample_posterior", *["align_vfm"] * (vfm is not None)]
+        now = dict(arch, latents=origin, **{key: getattr(cfg, key) for key in keys})
+        then = dict(saved["arch"], latents=saved["latents"], **{key: saved["config"][key] for key in keys})
         if changed := [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]:
             raise UserError(f"{path} is another run's ({'; '.join(changed)}): repeat its flags to go on with it, --resume=0 to replace it, or give another --out")
     start, steps = saved["step"] if saved else 0, round(cfg.epochs * len(images) / cfg.batch_size) or cfg.steps
@@ -777,8 +788,8 @@ def train(cfg, world):
         if due(cfg.log_interval) or due(cfg.val_interval) or due(cfg.save_interval):         # nothing is saved that was not looked at
             losses = {name: world.mean(value.clone()) for name, value in losses.items()}
             log.write(done, done * cfg.batch_size, lr=optimizer.param_groups[0]["lr"], epoch=done * cfg.batch_size / len(images), **losses)
-            if not math.isfinite(losses["loss"]):
-                raise UserError(f"the loss is {float(losses['loss'])} at step {done}: try a lower --lr, or --qk_norm=1; {path} is as it was")
+            if not all(math.isfinite(losses[key]) for key in ("loss", "grad_norm")):          # an infinite norm has just made the weights NaN
+                raise UserError(f"the loss is {float(losses['loss']):g}, its gradients' norm {float(losses['grad_norm']):g} at step {done}: try a lower --lr, or --qk_norm=1; {path} is as it was")
         if cfg.sample_interval and due(cfg.sample_interval):
             grid(done)
         if due(cfg.save_interval):

@@ -49,7 +49,7 @@ class Config:
     lpips_weights: str = ""          # files of VGG16 and LPIPS's linear layers, comma-separated; empty: the public ones, fetched once
     image_size: int = 0              # crop the images of folders to this size as ADM does; 0: they must be of one size already
     batch_size: int = 64             # images per step and process
-    workers: int = 2                 # loader processes
+    workers: int = 2                 # loader processes (0: none)
     out: str = "out"                 # where fid.json is written, and the toy's files are
 
 

@@ -252,11 +252,18 @@ def sweep(cfg, world):
     if world.rank > 0:
         return
     model, guide, tokenizer, mean, std = load(cfg, world)
-    extract, trained = fid.load_features("toy", cfg.out, world.device), model.about["config"]
+    trained = model.about.get("config", {})
+    if trained.get("data") != "shapes":
+        raise UserError("--sweep judges by the toy's classifier: it takes a model that diffusion.py trained on the shapes")
+    extract = fid.load_features("toy", cfg.out, world.device)
     real = Images(trained["data"], "val", model.about["image_size"], trained["data_dir"], cache=cfg.out)
 
+    @fid.full_float32()
+    def judged(batch):
+        return extract(batch)
+
     def look(batches):
-        features, _, logits = zip(*(extract(batch) for batch in batches))
+        features, _, logits = zip(*map(judged, batches))
         features = torch.cat(features).double().cpu().numpy()
         return (features.mean(0), np.cov(features, rowvar=False)), torch.cat(logits).argmax(1).cpu()
 
@@ -288,7 +295,8 @@ def write_samples(cfg, world):
     y, out, folder = torch.tensor(classes)[torch.arange(cfg.n) % len(classes)], Path(cfg.out), Path(cfg.out) / "samples"
     paths = [folder / f"{i:06d}.png" for i in range(cfg.n)]
     if world.rank == 0:                  # what was made with other settings goes, the rest stays
-        keys = "seed", "solver", "num_steps", "cfg_scale", "cfg_interval_start", "cfg_channels", "timestep_shift", "guidance_low", "guidance_high", "cls_cfg_scale"
+        keys = ("seed", "solver", "num_steps", "num_heads", "cfg_scale", "cfg_interval_start", "cfg_channels", "timestep_shift", "guidance_low",
+                "guidance_high", "cls_cfg_scale")
         settings = dict({key: getattr(cfg, key) for key in keys}, classes=list(classes), model=fingerprint(model), tokenizer=fingerprint(tokenizer),
                         guide=fingerprint(guide) if guide else "", latents=fingerprint(mean, std))
         there, before = set(folder.glob("*.png")), read_json(folder / "settings.json")

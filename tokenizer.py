@@ -14,6 +14,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -27,6 +28,7 @@ import re
 import struct
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +123,7 @@ class Stage:
     """One row of a recipe; a column that is left out is zero or off."""
     name: str
     kimg: float                          # length, thousands of images
-    trains: str                          # encoder (the VFM), adapter, decoder, high (the decoder's three finest blocks: above 32 px of 256)
+    trains: str                          # encoder (the VFM), adapter (or LDM's encoder), decoder, high (the decoder's three finest blocks: above 32 px of 256)
     lr: float = 1e-4
     betas: tuple = (0.0, 0.99)           # Adam's, both networks
     summed: bool = False                 # LDM sums pixel and perceptual terms over C, H, W
@@ -150,7 +152,8 @@ def rows(*stages, **shared):
 
 # The recipes. VFM-VAE: the paper's configuration. VA-VAE: 130 epochs of ImageNet (1,281 kimg each), adaptive weight 0.5, then 0.1, then
 # with margins. vae: latent diffusion's losses, as long as VA-VAE. AlignTok: the paper gives what trains under which losses; lengths,
-# learning rates and lambda_sp = 1 on mean squared differences are ours, the first stage longest, since semantics are learnt slowly.
+# learning rates and lambda_sp = 1 on mean squared differences, beside means over pixels, are ours, the first stage longest, since
+# semantics are learnt slowly. LDM's GAN starts after 5,000 steps of 256 images.
 LDM = dict(betas=(0.5, 0.9), lpips=1.0, kl=1e-6, patch=0.5, gan_adaptive=True)
 STAGES = dict(
     vfmvae=rows(
@@ -161,7 +164,7 @@ STAGES = dict(
     aligntok=rows(
         dict(name="latent alignment", kimg=38_400, trains="adapter decoder", gan_start_kimg=1_280),
         dict(name="perceptual alignment", kimg=19_200, trains="encoder adapter decoder", preserve=1.0),
-        dict(name="decoder refinement", kimg=12_800, trains="decoder", kl=0.0), **LDM),
+        dict(name="decoder refinement", kimg=12_800, trains="decoder", kl=0.0), summed=True, **LDM),
     vavae=rows(
         dict(name="strong alignment", kimg=128_100, trains="adapter decoder", vf=0.5, gan_start_kimg=1_280),
         dict(name="weak alignment", kimg=19_200, trains="adapter decoder", vf=0.1),
@@ -179,8 +182,9 @@ class UserError(Exception):
 def parse_config(Config, presets, argv=None, positional=()):
     """A Config from the command line: its defaults, then the preset's overrides, then the flags.
 
-    Fields may be int, float, bool (0/1), str or tuple (comma-separated ints). `positional` names the fields that may also be
-    given without a flag. Exits with status 2 and one line for an unknown flag or a value of the wrong type.
+    Fields may be int (from 1, or from 0 where that is the default or the comment says "0: ..."), float, bool (0/1), str or tuple
+    (comma-separated ints). `positional` names the fields that may also be given without a flag. Exits with status 2 and one line for an
+    unknown flag and a value of the wrong type or out of range.
     """
     def boolean(text):
         return ("0", "false", "1", "true").index(text.lower()) > 1        # ValueError: argparse's complaint
@@ -216,7 +220,12 @@ def parse_config(Config, presets, argv=None, positional=()):
         parser.error(f"unknown preset {preset}; there are {', '.join(presets)}")
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"preset {preset}", flush=True)
-    return Config(**{**presets[preset], **given, "preset": preset})
+    cfg = Config(**{**presets[preset], **given, "preset": preset})
+    for field in dataclasses.fields(Config):
+        low = int(field.type is int and field.default > 0 and "0: " not in comments.get(field.name, ""))      # 0 where the comment says what it means
+        if field.type is int and getattr(cfg, field.name) < low:
+            parser.error(f"--{field.name}={getattr(cfg, field.name)}: must be at least {low}")
+    return cfg
 
 
 def main(run):
@@ -245,6 +254,10 @@ class World:
     rank: int
     size: int
     device: torch.device
+
+    @property
+    def layout(self):                    # of convolutions
+        return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
 
     def autocast(self):                  # bf16 on CUDA, float32 on the CPU
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -275,7 +288,7 @@ def init_world():
             libc.mallopt(-1, 2 ** 31 - 1)         # M_TRIM_THRESHOLD
             libc.mallopt(-3, 2 ** 25)             # M_MMAP_THRESHOLD
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))      # the others wait while one lists a million files
     return World(rank, size, device)
 
 
@@ -336,7 +349,7 @@ class Log:
             write_text(self.path, "".join(line + "\n" for line in filter(current, lines)))
 
     def write(self, step, images, **values):
-        """`images` seen so far; tensors among `values` are read here, once per interval (the only synchronisation)."""
+        """`images` seen so far; tensors among `values` are read here, once per interval."""
         values = dict(zip(values, torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values.values()]).tolist()))
         now, seconds = time.perf_counter(), time.perf_counter() - self.clock
         if self.images is not None:
@@ -352,10 +365,8 @@ class Log:
 
 
 def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, for all parameters at once; buffers are copied."""
+    """ema <- decay * ema + (1 - decay) * model, for all parameters at once; a DiT's buffers are constants."""
     torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
-    for a, b in zip(ema.buffers(), model.buffers()):
-        a.copy_(b)
 
 
 def to_uint8(images):
@@ -563,7 +574,7 @@ class Images(Dataset):
     then the picture is augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), the same way for the same key."""
 
     def __init__(self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out"):
-        self.size, self.crop, self.flip = size, crop, flip
+        self.size, self.crop, self.flip, self.note = size, crop, flip, ""
         if data == "shapes":
             self.source = Shapes(split, size, cache=cache)
             self.labels, self.classes = self.source.labels, Shapes.classes
@@ -585,7 +596,9 @@ class Images(Dataset):
             self.labels = np.asarray(labels)
             self.classes = [str(name) for name in getattr(self.source, "classes", range(int(self.labels.max()) + 1))]
         else:
-            root = Path(data) / split if (Path(data) / split).is_dir() else Path(data)
+            root = next((Path(data) / name for name in (split, "train") if (Path(data) / name).is_dir()), Path(data))
+            if split == "val" and root != Path(data) / split:
+                self.note = f"{data} has no folder val: these are the training images"
             if not root.is_dir():
                 raise UserError(f"--data={data}: no such folder, and not the name of a torchvision data set")
             paths = list_images(root)
@@ -595,15 +608,15 @@ class Images(Dataset):
             self.classes = folders or ["image"]
             index = {name: i for i, name in enumerate(folders)}
             self.labels = np.array([index.get(path.relative_to(root).parts[0], 0) for path in paths])
-            self.source = paths
+            self.source = np.array([os.fsencode(path) for path in paths])        # one buffer: of a list, every worker would come to hold a copy
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
-        image, label = self.source[index] if not isinstance(self.source, list) else load_rgb(self.source[index]), int(self.labels[index])
-        image = image[0] if isinstance(image, tuple) else image
+        image, label = self.source[index], int(self.labels[index])
+        image = load_rgb(os.fsdecode(image)) if isinstance(image, bytes) else image[0] if isinstance(image, tuple) else image
         draw = np.random.default_rng(key) if key is not None else None
         if self.crop and draw is not None:
             if torch.is_tensor(image):
@@ -718,7 +731,9 @@ def load_weights(path_or_url):
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
     try:
-        return read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        # mapped, where the format and the system allow: eight processes do not hold eight copies of the optimizer that they will not use
+        mmap_file = os.name == "posix" and zipfile.is_zipfile(path)
+        return read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap_file)
     except Exception as error:           # whatever a damaged or hostile file provokes
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"cannot read weights from {path}: damaged, or of another format ({type(error).__name__}: {first})")
@@ -987,7 +1002,7 @@ def train_toy_vfm(name, out, images=96_000, batch=64, lr=1e-3):
         a["size"], a["turn"] = quantise(a["scale"], 0.55, 0.8, 4), quantise(a["angle"], -0.4, 0.4, 4)
         targets = torch.from_numpy(np.stack([a[key] for key in TOY_VFMS[name]], 1))
         counts = (targets.amax(0) + 1).tolist()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
             torch.manual_seed(0)
             vit = ViT(**TOY_VIT).to(world.device).train()
             heads = nn.ModuleList(nn.Linear(TOY_VIT["embed_dim"], sum(counts)) for _ in range(2)).to(world.device)      # on the class token, on the mean patch
@@ -1289,12 +1304,14 @@ class VFMVAEDecoder(nn.Module):
         return h, self.mapping(pooled * torch.rsqrt(pooled.square().mean(1, keepdim=True) + 1e-8))
 
     def forward(self, z, scales=False):
-        return self.body(z, scales)
+        sums, w = self.body(z, scales)
+        outputs = [block.to_rgb(x, w) for block, x in zip(self.blocks[-len(sums):], sums)]
+        return outputs if scales else outputs[-1]
 
     def body(self, z, scales):
         h, w = self.decompress(z)
         x = x_sum = None
-        outputs = []
+        sums = []
         for i, block in enumerate(self.blocks):
             if i < len(self.fusions):
                 fused = self.fusions[i](h)
@@ -1306,8 +1323,8 @@ class VFMVAEDecoder(nn.Module):
                 x = attn(x)
             x_sum = x if x_sum is None else block.upsample_sum(x_sum) + x
             if scales or i == len(self.blocks) - 1:
-                outputs.append(block.to_rgb(x_sum, w))
-        return outputs if scales else outputs[-1]
+                sums.append(x_sum)
+        return sums, w
 
     def last_weight(self):
         return self.blocks[-1].to_rgb.weight
@@ -1707,10 +1724,10 @@ class LocalBatchNorm(nn.Module):
 
     def forward(self, x):                # [B, C, ...]
         groups = len(x) // self.virtual if len(x) % self.virtual == 0 else 1
-        y = x.float().unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)     # [G, C, samples x positions]
-        var, mean = torch.var_mean(y, 2, correction=0, keepdim=True)
-        y = (y - mean) * torch.rsqrt(var + 1e-5) * self.weight[:, None] + self.bias[:, None]
-        return y.unflatten(2, (-1, *x.shape[2:])).transpose(1, 2).flatten(0, 1)
+        y = x.float().unflatten(0, (groups, -1))                                # [G, samples, C, ...]
+        var, mean = torch.var_mean(y, [1, *range(3, y.dim())], correction=0, keepdim=True)
+        y, affine = ((y - mean) * torch.rsqrt(var + 1e-5)).flatten(0, 1), (-1, *(1,) * (x.dim() - 2))
+        return torch.addcmul(self.bias.view(affine), y, self.weight.view(affine)).to(x.dtype)
 
 
 def diff_augment(x):
@@ -1751,7 +1768,7 @@ class ProjectedDiscriminator(nn.Module):
         x, size = diff_augment(images), self.vit.image_size
         if min(x.shape[-2:]) >= size and torch.rand(()) < 0.5:       # a random crop, else the whole; the coin is tossed on the CPU
             top, left = (int(torch.randint(side - size + 1, ())) for side in x.shape[-2:])
-            x = x[..., top:top + size, left:left + size]
+            x = x[..., top:top + size, left:left + size].contiguous()
         else:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
         logits = []
@@ -1796,9 +1813,6 @@ class GAN(nn.Module):
         self.patch = PatchGAN(nn.BatchNorm2d, ndf, layers) if stage.patch else None
         self.multi = nn.ModuleList(PatchGAN(LocalBatchNorm, ndf, layers) for _ in range(3)) if stage.multi else None
 
-    def trainable(self):
-        return [p for p in self.parameters() if p.requires_grad]
-
     def pyramid(self, x):
         return [x if k == 0 else F.avg_pool2d(x, 2 ** k) for k in range(3)]
 
@@ -1812,9 +1826,7 @@ class GAN(nn.Module):
         if self.multi:
             losses["multi"] = losses["matching"] = 0
             for net, x, y in zip(self.multi, self.pyramid(fake), self.pyramid(real)):
-                outputs = net(x)
-                with torch.no_grad():
-                    targets = net(y)
+                outputs, targets = net(x), net(y)
                 losses["multi"] = losses["multi"] + (outputs[-1] - 1).square().mean() / 3
                 losses["matching"] = losses["matching"] + sum(F.l1_loss(a, b) for a, b in zip(outputs[:-1], targets[:-1])) * 4 / (len(outputs) - 1) / 3
         return losses
@@ -1919,7 +1931,8 @@ class Trainer:
     """The two networks' losses for one batch: what `train` and align.py's joint training share.
 
     The graph is cut at the latent and at the images, and the gradients are handed over by hand: losses on images are walked back once to
-    the images, LDM's adaptive weight costs its last layer alone, and VFM-VAE's one walk more through the decoder's activations, if there is a GAN.
+    the images, LDM's adaptive weight costs its last layer alone, and the VF loss's, if there is a GAN, one walk more through the decoder (its
+    activations; compiled, the whole of it).
     """
 
     def __init__(self, cfg, tokenizer, world, vfm=None, length_scale=1.0, pretrained=True):
@@ -1928,18 +1941,21 @@ class Trainer:
         if any(stage.lpips for stage in STAGES[cfg.method]) and cfg.lpips_scale:
             lpips = cfg.perceptual == "lpips"
             net = LPIPS(cfg.lpips_weights if pretrained else None) if lpips else FeatureDistance(load_vfm(cfg.perceptual, cfg.out, pretrained))
-            self.perceptual_net = net.to(world.device)
+            self.perceptual_net = net.to(world.device, memory_format=world.layout)
         self.pretrained, self.anchor, self.gan, self.length_scale = pretrained, None, None, length_scale
         self.stamp = lambda part: None   # `bench` puts a stopwatch here
+        torch.backends.cudnn.benchmark = True
         if cfg.compile:
             torch._dynamo.config.cache_size_limit = 64           # sizes x scales x stages
             torch._functorch.config.donated_buffer = False       # the decoder's graph may be walked twice
             for module in (tokenizer.vfm, vfm, self.perceptual_net):
                 if module is not None:
                     module.compile(dynamic=False)
-            for module in (tokenizer.adapter, tokenizer.decoder):        # of LDM's all but the last layer, at which gradients are compared
+            for module in (tokenizer.adapter, tokenizer.decoder):        # all but the last layers, at which gradients are compared
                 if hasattr(module, "body"):
                     module.body = torch.compile(module.body, dynamic=False)
+            for level in getattr(tokenizer.adapter, "levels", ()):
+                level.compile(dynamic=False)
 
     def start_stage(self, stage):
         """Freezes and unfreezes, makes the discriminators and both optimizers."""
@@ -1956,12 +1972,13 @@ class Trainer:
         previous, self.gan, self.gan_optimizer = self.gan, None, None
         if cfg.gan_scale and (stage.dino or stage.patch or stage.multi):
             vit = load_vfm(cfg.disc_vfm, cfg.out, self.pretrained) if stage.dino else None
-            self.gan = GAN(stage, vit, cfg.ndf, cfg.image_size).to(device)
+            self.gan = GAN(stage, vit, cfg.ndf, cfg.image_size).to(device, memory_format=self.world.layout)
             if self.world.size > 1 and device.type == "cuda":
                 self.gan = nn.SyncBatchNorm.convert_sync_batchnorm(self.gan)
             if previous is not None:     # the discriminators that the stages share go on
                 self.gan.load_state_dict(previous.state_dict(), strict=False)
-            self.gan_optimizer = adam(self.gan.trainable(), lr=lr)
+            self.gan_parameters = [p for p in self.gan.parameters() if p.requires_grad]
+            self.gan_optimizer = adam(self.gan_parameters, lr=lr)
         self.anchor = self.anchor if stage.preserve else None
         if stage.preserve and self.anchor is None:      # the frozen stage-1 encoder of AlignTok's semantic preservation loss
             self.anchor = copy.deepcopy(nn.ModuleDict(dict(vfm=self.tokenizer.vfm, adapter=self.tokenizer.adapter))).requires_grad_(False)
@@ -1979,18 +1996,16 @@ class Trainer:
 
     def encode(self, images):
         """-> mean, logvar, VFM features, the last of which the VF loss reads (None for the plain VAE). The VFM runs once: what the perceptual
-        distance needs of the same network is kept in `shared`."""
-        tok, trains, self.shared = self.tokenizer, self.stage.trains, None
+        distance needs of the same network is kept in `shared`. What is frozen leaves no graph."""
+        tok, self.shared = self.tokenizer, None
         vfm, scale, layers = (self.target_vfm, vfm_of(self.cfg)[1], (-1,)) if tok.vfm is None else (tok.vfm, tok.scale_factor, tok.layers)
         features = None
         with self.world.autocast():
             if vfm is not None:
                 more = self.perceptual_net.layers if self.shares else ()
-                with torch.set_grad_enabled("encoder" in trains):
-                    features = vfm(vfm.resize(images, scale=scale), (*layers, *more))
+                features = vfm(vfm.resize(images, scale=scale), (*layers, *more))
                 features, self.shared = features[:len(layers)], features[len(layers):] or None
-            with torch.set_grad_enabled("adapter" in trains):
-                moments = tok.moments(images if tok.vfm is None else features, *images.shape[-2:]).float()
+            moments = tok.moments(images if tok.vfm is None else features, *images.shape[-2:]).float()
         mean, logvar = moments.chunk(2, 1)
         return mean, logvar.clamp(-30, 20), features
 
@@ -2006,7 +2021,8 @@ class Trainer:
                 vfm, tok = self.anchor["vfm"], self.tokenizer
                 anchor = self.anchor["adapter"](vfm(vfm.resize(images, scale=tok.scale_factor), tok.layers), mean.shape[-2:]).float().chunk(2, 1)[0]
             values["preserve"] = F.mse_loss(mean, anchor)
-            fixed = fixed + stage.preserve * self.cfg.preserve_scale * values["preserve"]
+            scale = images[0].numel() if stage.summed else 1
+            fixed = fixed + stage.preserve * self.cfg.preserve_scale * scale * values["preserve"]
         if stage.vf and self.cfg.vf_scale and "adapter" in stage.trains:
             with self.world.autocast():
                 projected = self.tokenizer.vf_proj(z)
@@ -2018,7 +2034,7 @@ class Trainer:
         shared: the target's features of the perceptual network, if `encode` has them."""
         stage, fake = self.stage, outputs[-1]
         scale = target[0].numel() if stage.summed else 1
-        values, loss = {}, fake.new_zeros(())
+        values, loss = {}, fake.new_zeros((), requires_grad=True)
         if stage.l1:
             values["l1"] = F.l1_loss(fake, target)
             loss = loss + stage.l1 * scale * values["l1"]
@@ -2049,9 +2065,9 @@ class Trainer:
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if stage.sample else mean
         target, moved = images, z
         if kind == "latent":
-            target = torch.rot90(shrink(images, scale), turns, (2, 3))
+            target = torch.rot90(shrink(images, scale), turns, (2, 3)).contiguous()      # one layout, whatever the turn: compiled once
             moved = z if scale == 1 else F.interpolate(z, [round(side * scale) for side in z.shape[-2:]], mode="bilinear", align_corners=False)
-            moved = torch.rot90(moved, turns, (2, 3))
+            moved = torch.rot90(moved, turns, (2, 3)).contiguous(memory_format=torch.channels_last)
         self.stamp("encoder")
         cut = moved.detach().requires_grad_(z.requires_grad)
         scales = bool(stage.multires) and images_seen < stage.multires_kimg * 1000 * self.length_scale
@@ -2062,8 +2078,7 @@ class Trainer:
         leaves = [output.detach().float().requires_grad_() for output in outputs]
         fake = leaves[-1]
         reconstruction, values = self.reconstruction_loss(leaves, target, self.shared if target is images else None)
-        grads = list(torch.autograd.grad(reconstruction, leaves, allow_unused=True)) if reconstruction.requires_grad else [None] * len(leaves)
-        grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
+        grads = list(torch.autograd.grad(reconstruction, leaves, materialize_grads=True))        # zeros, where no loss looks
         self.stamp("reconstruction losses")
         adversarial = None
         if self.gan is not None and images_seen >= stage.gan_start_kimg * 1000 * self.length_scale:
@@ -2094,17 +2109,14 @@ class Trainer:
         else:
             torch.autograd.backward(outputs, give(total))
         if cut.requires_grad:
-            ends = [(moved, cut.grad)] + [(fixed, fixed.new_tensor(share))] * fixed.requires_grad
-            torch.autograd.backward(*zip(*ends))
+            ((moved * cut.grad).sum() + share * fixed).backward()                # of the first, cut.grad is the gradient
         self.stamp("backward")
         return {key: value.detach() for key, value in values.items()}, fake.detach(), target
 
     def discriminator_step(self, fake, target, share=1.0):
         """Accumulates the discriminators' gradients -> loss."""
-        self.gan.requires_grad_(False)
-        for module in (self.gan.dino.heads if self.gan.dino else None, self.gan.patch, self.gan.multi):
-            if module is not None:
-                module.requires_grad_(True)
+        for p in self.gan_parameters:
+            p.requires_grad_(True)
         with self.world.autocast():
             loss = self.gan.discriminator_loss(fake, target)
         (loss * share).backward()
@@ -2125,7 +2137,7 @@ class Trainer:
         if self.gan is not None and images_seen >= self.stage.gan_start_kimg * 1000 * self.length_scale:
             for fake, target in pairs:
                 losses["discriminator"] = self.discriminator_step(fake, target, 1 / self.cfg.accumulate)
-            average_gradients(self.gan.trainable(), self.world)
+            average_gradients(self.gan_parameters, self.world)
             self.gan_optimizer.step()
             self.gan_optimizer.zero_grad(set_to_none=True)
             self.stamp("discriminator")
@@ -2152,15 +2164,28 @@ def describe(tokenizer):
 
 
 @torch.no_grad()
-def count_flops(tokenizer, size):
-    """Of one image's training step: the VFM forward, adapter and decoder forward and backward; losses and discriminators are left out."""
+def count_flops(cfg, tokenizer):
+    """{stage's name: FLOPs of one image's training step}: VFM, adapter, decoder, and for those that train twice as many backwards, at the sizes to
+    which the equivariance regularisation shrinks on average; losses and discriminators are left out."""
     from torch.utils.flop_counter import FlopCounterMode
-    images, count = torch.zeros(1, 3, size, size, device=next(tokenizer.parameters()).device), []
-    for part in (lambda: tokenizer.features(images), lambda: tokenizer.decode(tokenizer.encode(images)[0])):
+
+    def count(part, *inputs):
         with FlopCounterMode(display=False) as counter:
-            part()
-        count.append(counter.get_total_flops())
-    return 3 * count[1] - 2 * count[0]
+            output = part(*inputs)
+        return output, counter.get_total_flops()
+
+    size = cfg.image_size
+    features, vfm = count(tokenizer.features, torch.zeros(1, 3, size, size, device=next(tokenizer.parameters()).device))
+    moments, adapter = count(tokenizer.moments, features, size, size)
+    _, decoder = count(tokenizer.decode, moments.chunk(2, 1)[0])
+    draws = [draw_equivariance(cfg.seed, step, size // tokenizer.downsample, tokenizer.decoder.granularity) for step in range(1000)]
+    flops = {}
+    for stage in STAGES[cfg.method]:
+        kinds = draws if stage.equivariance and cfg.equivariance else [(None, 1.0, 0)]
+        encoded, decoded = np.mean([scale ** 2 if kind == "image" else 1.0 for kind, scale, _ in kinds]), np.mean([scale ** 2 for _, scale, _ in kinds])
+        passes = lambda part: 3 if part in stage.trains else 1
+        flops[stage.name] = float((vfm * passes("encoder") + adapter * passes("adapter")) * encoded + 3 * decoder * decoded)
+    return flops
 
 
 def train(cfg, world):
@@ -2187,7 +2212,7 @@ def train(cfg, world):
         if changed:
             raise UserError(f"{path} was trained with {'; '.join(changed)}: choose another --out, or --resume=0 to start afresh")
     tokenizer, vfm = build_tokenizer(cfg)
-    tokenizer = tokenizer.to(world.device, memory_format=torch.channels_last if world.device.type == "cuda" else torch.contiguous_format)
+    tokenizer = tokenizer.to(world.device, memory_format=world.layout)
     vfm = vfm.to(world.device) if vfm else None
     seen = 0
     if entries:
@@ -2195,14 +2220,14 @@ def train(cfg, world):
         seen = entries["images"]
     if seen < plan[0][2]:
         raise UserError(f"stage {plan[0][0]} starts from the end of the one before, {plan[0][2]} images, but {path} "
-                        + (f"has seen {seen}" if entries else "does not exist"))
+                        + (f"has seen {seen}" if entries else "does not exist" if cfg.resume else "is not read with --resume=0"))
     if seen >= plan[-1][3]:
         if world.rank == 0:
             print(f"{path} is already trained ({seen} images); --resume=0 starts afresh")
         tokenizer.load_state_dict(entries["ema"], strict=False)
         return tokenizer
     # before anything is compiled: dynamo skips what a dispatch mode has seen
-    flops = count_flops(tokenizer, cfg.image_size) if world.device.type == "cuda" else None
+    flops = count_flops(cfg, tokenizer) if world.device.type == "cuda" else {}
     trainer = Trainer(cfg, tokenizer, world, vfm, length_scale)
     ema = {name: p.detach().clone() for name, p in tokenizer.named_parameters() if not name.startswith("vfm.") or cfg.method == "aligntok"}
     if entries:
@@ -2213,7 +2238,6 @@ def train(cfg, world):
         if entries:
             print(f"resuming {path} at {seen} images")
     log = Log(cfg.out, "tokenizer", world, plan[-1][3] // cfg.batch_size, seen // cfg.batch_size)
-    log.flops = flops
     pictures = to_float(torch.stack([held_out[i][0] for i in range(min(16, len(held_out)))])).to(world.device)
 
     def save(number, images):
@@ -2228,8 +2252,11 @@ def train(cfg, world):
             continue
         seed_step(cfg.seed, -number)
         trainer.start_stage(stage)
+        log.flops = flops.get(stage.name)
         if seen == first:                # what a stage freezes is from now on what is saved: the average
             tokenizer.load_state_dict({name: ema[name] for name, p in tokenizer.named_parameters() if name in ema and not p.requires_grad}, strict=False)
+            if trainer.anchor:           # the tokenizer that the first stage saved
+                trainer.anchor.load_state_dict({name: ema[name] for name, _ in trainer.anchor.named_parameters()}, strict=False)
         if entries:
             same = entries["stage"] == number
             moments = lambda optimizer, saved: optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["state"]))     # with this run's rates
@@ -2288,11 +2315,9 @@ def evaluate(cfg, tokenizer, world):
     """PSNR, SSIM, LPIPS where its weights are at hand, rFID (through fid.py) and latent equivariance over held-out images -> dictionary."""
     import fid
     data = Images(cfg.data, "val", cfg.image_size, cfg.data_dir, cfg.download, cache=cfg.out)
-    n, notes = min(cfg.eval_images, len(data)), []
+    n, notes = min(cfg.eval_images, len(data)), [data.note] * bool(data.note)
     if n < 2 * world.size:
         raise UserError(f"{n} images are too few to evaluate on in {world.size} processes")
-    if Path(cfg.data).is_dir() and not (Path(cfg.data) / "val").is_dir():
-        notes.append(f"{cfg.data} has no folder val: these are the training images")
     tokenizer = tokenizer.to(world.device).eval()
 
     def at_hand(load):
@@ -2348,7 +2373,7 @@ def evaluate(cfg, tokenizer, world):
 def bench(cfg, world):
     """Times `--bench` steps of each stage with random images and weights: nothing is fetched or written."""
     tokenizer, vfm = build_tokenizer(cfg, pretrained=False)
-    tokenizer = tokenizer.to(world.device, memory_format=torch.channels_last if world.device.type == "cuda" else torch.contiguous_format)
+    tokenizer = tokenizer.to(world.device, memory_format=world.layout)
     cuda = world.device.type == "cuda"
     trainer = Trainer(cfg, tokenizer, world, vfm and vfm.to(world.device), pretrained=False)
     print(f"{cfg.method}, {cfg.image_size} px, {world.size} x {torch.cuda.get_device_name() if cuda else 'cpu'}, batch {cfg.batch_size}; {describe(tokenizer)}")
@@ -2394,11 +2419,8 @@ def run():
         raise UserError(f"--method={cfg.method}: there are {', '.join(STAGES)}")
     if cfg.decoder not in ("", "vfmvae", "ldm"):
         raise UserError(f"--decoder={cfg.decoder}: there are vfmvae, ldm")
-    least = dict.fromkeys(("image_size", "z_dim", "downsample", "batch_size", "accumulate", "groups", "log_interval", "grid_interval", "save_interval",
-                           "eval_images"), 1)
-    for name, low in dict(least, workers=0, seed=0, kimg=0, bench=0, ema_kimg=0).items():
-        if getattr(cfg, name) < low:
-            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {low}")
+    if min(cfg.kimg, cfg.ema_kimg) < 0:
+        raise UserError(f"--kimg={cfg.kimg:g}, --ema_kimg={cfg.ema_kimg:g}: must not be negative")
     world = init_world()
     if cfg.eval:
         tokenizer = load_tokenizer(cfg.ckpt or Path(cfg.out) / "tokenizer.pt")
