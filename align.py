@@ -317,9 +317,11 @@ def report(paths, cfg, world, folder):
         raise UserError("none of these tokenizers tells of a VFM; give one to compare with: --reference=NAME")
     size = cfg.image_size or subjects[0].tokenizer.resolution
     trained = subjects[0].tokenizer.about.get("config", {}).get("data", cfg.data)
-    if trained != cfg.data and world.rank == 0:
-        print(f"note: {subjects[0].name} was trained on {trained}; --data={trained} measures there")
     data = Images(cfg.data, "val", size, cfg.data_dir, cfg.download, cache=cfg.out)
+    elsewhere = f"{subjects[0].name} was trained on {trained}; --data={trained} measures there" if trained != cfg.data else ""
+    for note in filter(None, (elsewhere, data.note)):
+        if world.rank == 0:
+            print(f"note: {note}")
     indices = np.linspace(0, len(data) - 1, min(cfg.images, len(data))).astype(int)
     if len(indices) < 4:
         raise UserError(f"{len(indices)} held-out images: CKNNA needs 4 at least")

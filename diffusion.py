@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tokenizer import (PEAK_FLOPS, Images, Log, StepSampler, UserError, init_world, load_checkpoint, load_state, load_tokenizer, load_vfm, load_weights, main,
+from tokenizer import (Images, Log, StepSampler, UserError, init_world, load_checkpoint, load_state, load_tokenizer, load_vfm, load_weights, main,
                        make_loader, parse_config, save_checkpoint, save_grid, seed_step, to_float, update_ema, write_text)
 
 sys.modules.setdefault("diffusion", sys.modules[__name__])      # as a script: sample.py must not import a second copy
@@ -695,13 +695,12 @@ def bench(cfg, world):
             model(batch["latents"], torch.full((n,), 0.5, device=world.device), batch["labels"], *([batch["tokens"][:, 0]] if model.cls_dim else []))
 
     forward = seconds(evaluate)
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()), None)
     if world.rank == 0:
-        mfu = lambda flops, t: f", MFU {flops * n / t / peak:.1%}" if peak else ""
+        show = lambda flops, rate: f"{rate:9.1f} images/s" + (f", MFU {mfu:.1%}" if (mfu := world.mfu(flops, rate)) else "")
         print(f"{cfg.model}/{cfg.patch_size} {cfg.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {model.flops() / 1e9:.2f} GFLOP "
               f"an image forward, batch {cfg.batch_size} on {world.size} x {torch.cuda.get_device_name() if cuda else 'CPU'}")
-        print(f"training step   {step * 1e3:9.1f} ms  {cfg.batch_size / step:9.1f} images/s" + mfu(3 * cfg.accumulate * model.flops(), step) + f", peak memory {memory}")
-        print(f"evaluation      {forward * 1e3:9.1f} ms  {n * world.size / forward:9.1f} images/s" + mfu(model.flops(), forward))
+        print(f"training step   {step * 1e3:9.1f} ms  {show(3 * model.flops(), cfg.batch_size / step)}, peak memory {memory}")
+        print(f"evaluation      {forward * 1e3:9.1f} ms  {show(model.flops(), n * world.size / forward)}")
 
 
 def model_arch(cfg, channels, side, num_classes, vfm_dim):
@@ -730,6 +729,8 @@ def train(cfg, world):
     images, held_out = (Images(cfg.data, split, size, cfg.data_dir, cfg.download, flip=split == "train", cache=cfg.out) for split in ("train", "val"))
     if list(held_out.classes) != list(images.classes):
         raise UserError(f"{cfg.data}: val has other classes than train ({len(held_out.classes)}, {len(images.classes)}): both need the same folders")
+    if held_out.note and world.rank == 0:
+        print(f"note: {held_out.note}")
     side = size // tokenizer.downsample
     vfm, tokens_side = load_vfm(cfg.align_vfm, out=cfg.out).to(device) if cfg.align != "none" else None, side // cfg.patch_size
     if cfg.align == "reg" and vfm.cls_token is None:

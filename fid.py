@@ -536,13 +536,16 @@ def read_statistics(path):
         raise UserError(f"cannot read {path}: {error}")
 
 
-def measure_reference(path, net, cfg, world):
-    """A reference's statistics under `measure`'s names: ADM's, a cache of ours, or measured now and kept beside the images."""
+def measure_reference(path, net, cfg, world, neighbours=True):
+    """A reference's statistics under `measure`'s names: ADM's, a cache of ours, or measured now and kept beside the images. `neighbours`: with
+    features for precision and recall, for which ADM's file needs its images looked at."""
     network = f"{net.name} {zlib.crc32([*net.parameters()][-1].cpu().numpy()):08x}"       # one tensor tells weights apart
     given = read_statistics(path) if Path(path).is_file() else {}
     theirs = given.get("network", network if isinstance(net, Inception) else "inception")
     if given and theirs != network:
         raise UserError(f"{path} holds statistics of other features: {theirs}, not {network}")
+    if given and not neighbours:
+        return given
     try:
         source = open_images(path, cfg.image_size)
     except UserError:
@@ -714,8 +717,9 @@ def run():
         result["features"] = net.name
         if cfg.reference:
             source = open_images(cfg.samples, cfg.image_size)
-            reference = measure_reference(cfg.reference, net, cfg, world)
-            neighbours = {"precision", "recall"} & {*metrics} and "features" in reference
+            neighbours = bool({"precision", "recall"} & {*metrics})
+            reference = measure_reference(cfg.reference, net, cfg, world, neighbours)
+            neighbours = neighbours and "features" in reference
             samples = measure(source, net, world, cfg.batch_size, cfg.workers, len(source) if neighbours else 0, cfg.samples)
             result["images"].update(samples=samples["n"], reference=reference.get("n"))
             if neighbours:

@@ -166,6 +166,12 @@ def test_config():
                         (["--flip=yes"], ("flip", "yes"))):
         result = captured_exit(2, parse, *argv)
         assert result.count("\n") == 1 and all(word in result for word in words), result
+    for name, wrong, right in (("tokenizer", "batch_size=0", "workers=0"), ("diffusion", "encode_batch=0", "warmup=0"), ("diffusion", "seed=-1", "val_interval=0"),
+                               ("align", "log_interval=0", "steps=0"), ("sample", "threads=0", "cfg_channels=0"), ("fid", "batch_size=0", "workers=0")):
+        module = __import__(name)        # 0 where the comment says what it means
+        shown = captured_exit(2, tokenizer.parse_config, module.Config, module.PRESETS, [f"--{wrong}"])
+        assert f"--{wrong}: must be at least" in shown and shown.count("\n") == 1, shown
+        tokenizer.parse_config(module.Config, module.PRESETS, [f"--{right}"])
     for name in ("tokenizer", "diffusion", "align", "sample", "fid"):
         module = __import__(name)
         text = captured_exit(0, tokenizer.parse_config, module.Config, module.PRESETS, ["--help"])
@@ -262,6 +268,11 @@ def test_image_folders():
         assert (data[0, (0, 5)][0] == data[0, (0, 5)][0]).all() and (data[0, (0, 5)][0] != data[0, (0, 6)][0]).any()      # augmented by key
         flat = tokenizer.Images(str(folder / "val" / "dog"), "train", 16)
         assert len(flat) == 3 and flat.labels.tolist() == [0] * 3
+        assert not tokenizer.Images(str(folder), "val", 32).note
+        (folder / "val").rename(folder / "other")                # without val, the training images stand in, with their classes, and it is said
+        stand_in = tokenizer.Images(str(folder), "val", 32)
+        assert stand_in.classes == ["cat", "dog"] and "no folder val" in stand_in.note
+        (folder / "other").rename(folder / "val")
         loader = tokenizer.make_loader(data, tokenizer.StepSampler(6, 4, 0, 0, 2, WORLD), WORLD, 2)
         assert [batch.shape for batch, _ in loader] == [(4, 3, 32, 32)] * 2
         (folder / "train" / "cat" / "0.png").write_bytes(b"not an image")
@@ -655,6 +666,30 @@ def test_handed_gradients_equal_autograd():
                 assert (p.grad is None) == (grad is None)
                 if grad is not None:
                     assert (p.grad - grad).norm() < 1e-4 * total, (method, number, tuple(p.shape), (p.grad - grad).norm() / total)
+
+
+@with_tiny_vfm
+def test_tokenizer_flops():
+    """The count behind MFU against a counter that watches a forward and backward pass; what is frozen, and smaller images, cost less."""
+    from torch.utils.flop_counter import FlopCounterMode
+    for method, number in (("vae", 0), ("aligntok", 0), ("aligntok", 1), ("aligntok", 2)):
+        cfg = tiny_config("unused", method=method)
+        tok, _ = tokenizer.build_tokenizer(cfg)
+        stage = tokenizer.STAGES[method][number]
+        tokenizer.select_parameters(tok, stage.trains)
+        with FlopCounterMode(display=False) as counter:
+            tok.decode(tok.encode(torch.zeros(1, 3, 32, 32))[0]).sum().backward()
+        ratio = tokenizer.count_flops(cfg, tok)[stage.name] / counter.get_total_flops()
+        assert 0.97 < ratio < 1.05, (method, stage.name, ratio)         # the first layer's input takes no gradient
+    cfg = tiny_config("unused", equivariance=True)
+    tok, _ = tokenizer.build_tokenizer(cfg)
+    less, full = (tokenizer.count_flops(c, tok)["strong alignment"] for c in (cfg, dataclasses.replace(cfg, equivariance=False)))
+    assert 0.4 < less / full < 0.9, less / full
+    name, torch.cuda.get_device_name = torch.cuda.get_device_name, lambda: "NVIDIA H200"
+    try:
+        assert tokenizer.World(0, 8, torch.device("cuda")).mfu(989e9, 4000.0) == 0.5 and WORLD.mfu(1.0, 1.0) is None
+    finally:
+        torch.cuda.get_device_name = name
 
 
 @with_tiny_vfm
@@ -1525,6 +1560,20 @@ def test_diffusion_error_lines():
         shown = script("diffusion.py", f"--out={folder}", status=1)
         assert "run tokenizer.py first" in shown and shown.count("\n") == 2
         assert "did you mean --cfg_scale" in script("sample.py", "--cfgscale=2", status=2)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = diffusion_folder(folder)
+        shutil.rmtree(f"{folder}/data/val/3")                    # class 4 of val would pass for class 3
+        fails(lambda: diffusion.train(cfg, WORLD), "val has other classes than train (9, 10)")
+        shutil.rmtree(f"{folder}/data/train/3")
+        quiet(diffusion.train, dataclasses.replace(cfg, steps=3), WORLD)
+        before, original = Path(f"{folder}/out/diffusion.pt").read_bytes(), nn.utils.clip_grad_norm_
+        nn.utils.clip_grad_norm_ = lambda parameters, most: torch.tensor(float("inf"))         # as of gradients that overflow under a finite loss
+        try:
+            fails(lambda: quiet(diffusion.train, dataclasses.replace(cfg, steps=6), WORLD), "norm inf", "as it was")
+        finally:
+            nn.utils.clip_grad_norm_ = original
+        assert Path(f"{folder}/out/diffusion.pt").read_bytes() == before
+        fails(lambda: diffusion.train(dataclasses.replace(cfg, sample_posterior=True), WORLD), "sample_posterior False, now True")
     fails(lambda: diffusion.model_arch(diffusion.Config(model="XXL"), 4, 4, 10, 0), "--model=XXL", "1.6B")
     fails(lambda: diffusion.DiT(hidden_size=30, num_heads=4), "width")
     with tempfile.TemporaryDirectory() as folder:

@@ -218,13 +218,13 @@ def parse_config(Config, presets, argv=None, positional=()):
     preset = given.get("preset") or ("imagenet" if imagenet and "imagenet" in presets else "toy")
     if preset not in presets:
         parser.error(f"unknown preset {preset}; there are {', '.join(presets)}")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"preset {preset}", flush=True)
     cfg = Config(**{**presets[preset], **given, "preset": preset})
     for field in dataclasses.fields(Config):
         low = int(field.type is int and field.default > 0 and "0: " not in comments.get(field.name, ""))      # 0 where the comment says what it means
         if field.type is int and getattr(cfg, field.name) < low:
             parser.error(f"--{field.name}={getattr(cfg, field.name)}: must be at least {low}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"preset {preset}", flush=True)
     return cfg
 
 
@@ -248,6 +248,9 @@ def main(run):
             dist.destroy_process_group()
 
 
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}    # dense bf16, NVIDIA's datasheets
+
+
 @dataclass
 class World:
     """This process among its peers."""
@@ -261,6 +264,10 @@ class World:
 
     def autocast(self):                  # bf16 on CUDA, float32 on the CPU
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def mfu(self, flops, rate):          # of `flops` an image at `rate` images a second over all processes; None where the device's peak is not known
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+        return next((flops * rate / (peak * self.size) for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
 
     def barrier(self):
         if self.size > 1:
@@ -320,9 +327,6 @@ def load_checkpoint(path, kind, hint=""):
     return entries
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}    # dense bf16, NVIDIA's datasheets
-
-
 def write_text(path, text):
     """Whole or not at all."""
     temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
@@ -354,9 +358,8 @@ class Log:
         now, seconds = time.perf_counter(), time.perf_counter() - self.clock
         if self.images is not None:
             values["images_per_second"] = (images - self.images) / seconds
-            peak = next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None) if self.device.type == "cuda" else None
-            if peak and self.flops:
-                values["mfu"] = self.flops * values["images_per_second"] / (peak * self.world.size)
+            if mfu := self.world.mfu(self.flops or 0, values["images_per_second"]):
+                values["mfu"] = mfu
         self.clock, self.images = now, images
         if self.main:
             with open(self.path, "a") as file:
@@ -2374,9 +2377,11 @@ def bench(cfg, world):
     """Times `--bench` steps of each stage with random images and weights: nothing is fetched or written."""
     tokenizer, vfm = build_tokenizer(cfg, pretrained=False)
     tokenizer = tokenizer.to(world.device, memory_format=world.layout)
-    cuda = world.device.type == "cuda"
+    cuda, cfg = world.device.type == "cuda", dataclasses.replace(cfg, equivariance=False)
+    flops = count_flops(cfg, tokenizer)
     trainer = Trainer(cfg, tokenizer, world, vfm and vfm.to(world.device), pretrained=False)
-    print(f"{cfg.method}, {cfg.image_size} px, {world.size} x {torch.cuda.get_device_name() if cuda else 'cpu'}, batch {cfg.batch_size}; {describe(tokenizer)}")
+    say = functools.partial(print, flush=True) if world.rank == 0 else lambda line: None
+    say(f"{cfg.method}, {cfg.image_size} px, {world.size} x {torch.cuda.get_device_name() if cuda else 'cpu'}, batch {cfg.batch_size}; {describe(tokenizer)}")
     shape = cfg.batch_size // world.size // cfg.accumulate, 3, cfg.image_size, cfg.image_size
     batches = [torch.randint(0, 256, shape, dtype=torch.uint8).to(world.device)] * cfg.accumulate
 
@@ -2389,14 +2394,14 @@ def bench(cfg, world):
     for number, stage, *_ in stage_plan(cfg)[0]:
         if cfg.stage not in (0, number):
             continue
-        trainer.start_stage(dataclasses.replace(stage, gan_start_kimg=0.0, equivariance=False))
+        trainer.start_stage(dataclasses.replace(stage, gan_start_kimg=0.0))
         start = time.perf_counter()
         for step in range(3):            # compilation, autotuning
             trainer.step(batches, step, 0)
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        print(f"  stage {number}, {stage.name}: first 3 steps {time.perf_counter() - start:.1f} s")
+        say(f"  stage {number}, {stage.name}: first 3 steps {time.perf_counter() - start:.1f} s")
         marks = [("", mark())]
         trainer.stamp = lambda part: marks.append((part, mark()))
         for step in range(cfg.bench):
@@ -2410,7 +2415,9 @@ def bench(cfg, world):
         total = sum(parts.values())
         memory = f", peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else ""
         shares = ", ".join(f"{part} {100 * t / total:.0f}%" for part, t in parts.items())
-        print(f"  {total:.1f} ms a step, {1000 * cfg.batch_size / total:.1f} images a second{memory}: {shares}", flush=True)
+        rate = 1000 * cfg.batch_size / total
+        mfu = world.mfu(flops[stage.name], rate)
+        say(f"  {total:.1f} ms a step, {rate:.1f} images a second{memory}" + (f", MFU {mfu:.1%} (without losses)" if mfu else "") + f": {shares}")
 
 
 def run():
