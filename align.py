@@ -35,7 +35,7 @@ from diffusion import DiT, ImageNoise, build, fingerprint, flow_losses, full_sta
 from fid import frechet_distance, full_float32, load_features, total
 from sample import ode
 from tokenizer import (STAGES, Images, Log, Shapes, StepSampler, Tokenizer, Trainer, UserError, average_gradients, average_weights, batch_indices,
-                       build_tokenizer, init_world, load_checkpoint, load_tokenizer, load_vfm, load_weights, main, make_loader, parse_config, psnr,
+                       build_tokenizer, init_world, load_checkpoint, load_moments, load_tokenizer, load_vfm, load_weights, main, make_loader, parse_config, psnr,
                        save_checkpoint, seed_step, stage_plan, to_float, to_uint8, update_ema, use_weights, vfm_of, write_text)
 
 
@@ -564,9 +564,9 @@ def train(cfg, paths, world):
     if trainer.gan and entries["gan"]:
         trainer.gan.load_state_dict(entries["gan"], strict=False)                # another stage may have had more discriminators
     if resumed:
-        trainer.optimizer.load_state_dict(entries["optimizer"])
+        load_moments(trainer.optimizer, entries["optimizer"])
         if trainer.gan:
-            trainer.gan_optimizer.load_state_dict(entries["gan_optimizer"])
+            load_moments(trainer.gan_optimizer, entries["gan_optimizer"])
         if trainer.anchor:
             trainer.anchor.load_state_dict(entries["anchor"])
     # the decoder's weights are averaged, the encoder's are not: the diffusion model learns the latents of this very encoder
@@ -829,7 +829,7 @@ def study(cfg):
             time.sleep(1)
         common = Study(cfg, world, rank)
         for path in paths.values():
-            if path.exists() and json.loads(path.read_text())["networks"] != common.networks:
+            if path.exists() and json.loads(path.read_text()).get("networks") != common.networks:
                 raise UserError(f"{path} was made with other VFMs or another classifier than lie in {cfg.out}: give another --out, or remove {folder}")
     for run in runs[rank::size]:
         if not paths[run].exists():

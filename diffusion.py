@@ -362,7 +362,9 @@ def fingerprint(*parts):
 
 def data_fingerprint(images, indices):
     """Of which images these are: names and sizes of files, labels, and the pixels of 16 of them."""
-    files = [(path.parts[-2:], path.stat().st_size) for path in images.source] if isinstance(images.source, list) else len(images)
+    files = len(images)
+    if isinstance(images.source, np.ndarray):    # paths
+        files = [(Path(os.fsdecode(path)).parts[-2:], os.stat(path).st_size) for path in images.source]
     return fingerprint(files, images.classes, torch.as_tensor(images.labels), torch.as_tensor(indices), *(images[i][0] for i in indices[::-(-len(indices) // 16)]))
 
 

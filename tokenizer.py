@@ -1918,6 +1918,13 @@ def average_gradients(parameters, world):
         torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
 
 
+def load_moments(optimizer, saved):
+    """Adam's state, with this run's rates, each moment in its parameter's memory layout, which the fused kernel insists on."""
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["state"]))
+    for p, state in optimizer.state.items():
+        state.update({key: torch.empty_like(p).copy_(state[key]) for key in ("exp_avg", "exp_avg_sq")})
+
+
 def norm_of(tensors):
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
@@ -2262,15 +2269,14 @@ def train(cfg, world):
                 trainer.anchor.load_state_dict({name: ema[name] for name, _ in trainer.anchor.named_parameters()}, strict=False)
         if entries:
             same = entries["stage"] == number
-            moments = lambda optimizer, saved: optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["state"]))     # with this run's rates
             if same:
-                moments(trainer.optimizer, entries["optimizer"])
+                load_moments(trainer.optimizer, entries["optimizer"])
             if trainer.anchor and entries["anchor"]:
                 trainer.anchor.load_state_dict(entries["anchor"])
             if trainer.gan and entries["gan"]:
                 trainer.gan.load_state_dict(entries["gan"], strict=False)
                 if same:
-                    moments(trainer.gan_optimizer, entries["gan_optimizer"])
+                    load_moments(trainer.gan_optimizer, entries["gan_optimizer"])
             entries = None               # later stages begin as they would have
         sampler = StepSampler(len(data), cfg.batch_size, cfg.seed, seen // cfg.batch_size, last // cfg.batch_size, world, cfg.accumulate)
         batches = iter(make_loader(data, sampler, world, cfg.workers))
