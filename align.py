@@ -679,9 +679,7 @@ class Study:
             seed_step(seed, -1 - number)
             # VFM-VAE's first VF weight of 5 holds the toy's reconstructions at 15 dB
             trainer.start_stage(dataclasses.replace(stage, betas=(0.9, 0.99), vf=min(stage.vf, 1.0)))
-            net.load_state_dict({name: ema[name] for name, p in net.named_parameters() if not p.requires_grad}, strict=False)        # as train does
-            if trainer.anchor:
-                trainer.anchor.load_state_dict({name: ema[name] for name, _ in trainer.anchor.named_parameters()}, strict=False)
+            trainer.adopt(ema)
             first, last = first // tok_cfg.batch_size, last // tok_cfg.batch_size
             for step, index in enumerate(self.order(tok_cfg.batch_size, seed, first, last, f"{method}, seed {seed}: {stage.name}"), first):
                 seed_step(seed, step)

@@ -792,7 +792,8 @@ def train(cfg, world):
             losses = {name: world.mean(value.clone()) for name, value in losses.items()}
             log.write(done, done * cfg.batch_size, lr=optimizer.param_groups[0]["lr"], epoch=done * cfg.batch_size / len(images), **losses)
             if not all(math.isfinite(losses[key]) for key in ("loss", "grad_norm")):          # an infinite norm has just made the weights NaN
-                raise UserError(f"the loss is {float(losses['loss']):g}, its gradients' norm {float(losses['grad_norm']):g} at step {done}: try a lower --lr, or --qk_norm=1; {path} is as it was")
+                raise UserError(f"the loss is {float(losses['loss']):g}, its gradients' norm {float(losses['grad_norm']):g} at step {done}: "
+                                f"try a lower --lr, or --qk_norm=1; {path} is as it was")
         if cfg.sample_interval and due(cfg.sample_interval):
             grid(done)
         if due(cfg.save_interval):

@@ -536,7 +536,7 @@ def read_statistics(path):
         raise UserError(f"cannot read {path}: {error}")
 
 
-def measure_reference(path, net, cfg, world, neighbours=True):
+def measure_reference(path, net, cfg, world, neighbours):
     """A reference's statistics under `measure`'s names: ADM's, a cache of ours, or measured now and kept beside the images. `neighbours`: with
     features for precision and recall, for which ADM's file needs its images looked at."""
     network = f"{net.name} {zlib.crc32([*net.parameters()][-1].cpu().numpy()):08x}"       # one tensor tells weights apart

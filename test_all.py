@@ -669,6 +669,20 @@ def test_handed_gradients_equal_autograd():
 
 
 @with_tiny_vfm
+def test_anchor_is_the_averaged_first_stage():
+    """AlignTok's second stage stays close to the tokenizer that the first one saved, and what a stage freezes is the average."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg, saved = tiny_config(folder, method="aligntok", gan_scale=0.0), []
+        for stage in (1, 2, 3):
+            quiet(tokenizer.train, dataclasses.replace(cfg, stage=stage), WORLD)
+            saved.append(torch.load(f"{folder}/tokenizer.pt", weights_only=True))
+        names = [name for name in saved[0]["ema"] if name.startswith(("vfm.", "adapter."))]
+        assert any(not torch.equal(saved[0]["ema"][name], saved[0]["model"][name]) for name in names)
+        assert all(torch.equal(saved[1]["anchor"][name], saved[0]["ema"][name]) for name in names)
+        assert all(torch.equal(saved[2]["model"][name], saved[1]["ema"][name]) for name in names)
+
+
+@with_tiny_vfm
 def test_tokenizer_flops():
     """The count behind MFU against a counter that watches a forward and backward pass; what is frozen, and smaller images, cost less."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -1997,6 +1997,13 @@ class Trainer:
         if self.gan and stage.dino and cfg.compile:
             self.gan.dino.vit.compile(dynamic=False)
 
+    def adopt(self, averages):
+        """At a stage's beginning: what it freezes, and AlignTok's anchor, become what is saved, the averages."""
+        frozen = {name: averages[name] for name, p in self.tokenizer.named_parameters() if name in averages and not p.requires_grad}
+        self.tokenizer.load_state_dict(frozen, strict=False)
+        if self.anchor:
+            self.anchor.load_state_dict({name: averages[name] for name, _ in self.anchor.named_parameters()}, strict=False)
+
     def set_lr(self, progress):
         """The stage's learning rates, cooling down over the last share of the whole run, of which `progress` (0 to 1) is behind."""
         factor = min(1, (1 - progress) / self.cfg.cooldown) if self.cfg.cooldown else 1
@@ -2027,7 +2034,7 @@ class Trainer:
             values["kl"] = kl_loss(mean, logvar)
             fixed = fixed + stage.kl * values["kl"]
         if stage.preserve:
-            with torch.no_grad(), self.world.autocast():
+            with self.world.autocast():
                 vfm, tok = self.anchor["vfm"], self.tokenizer
                 anchor = self.anchor["adapter"](vfm(vfm.resize(images, scale=tok.scale_factor), tok.layers), mean.shape[-2:]).float().chunk(2, 1)[0]
             values["preserve"] = F.mse_loss(mean, anchor)
@@ -2263,10 +2270,8 @@ def train(cfg, world):
         seed_step(cfg.seed, -number)
         trainer.start_stage(stage)
         log.flops = flops.get(stage.name)
-        if seen == first:                # what a stage freezes is from now on what is saved: the average
-            tokenizer.load_state_dict({name: ema[name] for name, p in tokenizer.named_parameters() if name in ema and not p.requires_grad}, strict=False)
-            if trainer.anchor:           # the tokenizer that the first stage saved
-                trainer.anchor.load_state_dict({name: ema[name] for name, _ in trainer.anchor.named_parameters()}, strict=False)
+        if seen == first:
+            trainer.adopt(ema)
         if entries:
             same = entries["stage"] == number
             if same:
