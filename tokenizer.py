@@ -1,14 +1,28 @@
 """
-Tokenizers on vision foundation models (VFMs), and the parts that all stages share.
+Tokenizers on vision foundation models (VFMs): the models that all stages share, and tokenizer training.
 
     python tokenizer.py                                     # toy: a VFM-VAE on drawn shapes, minutes on a laptop
     python tokenizer.py --method=aligntok                   # AlignTok's three stages; also vavae, vae
     python tokenizer.py --preset=imagenet                   # the paper's recipe, data in data/imagenet/{train,val}
     torchrun --nproc_per_node=8 tokenizer.py                # the same on eight GPUs
-    python tokenizer.py --eval=1                            # PSNR, SSIM, LPIPS, rFD of out/tokenizer.pt
+    python tokenizer.py --bench=20                          # time training steps of every stage on random data
 
-VFM-VAE is arXiv 2510.18457, AlignTok arXiv 2509.25162, VA-VAE arXiv 2501.01423, the plain VAE that of latent diffusion (2112.10752).
+VFM-VAE (arXiv 2510.18457), with the shapes of its ImageNet model:
+
+    image [3, 256, 256]
+      |  resized to 512, frozen VFM (SigLIP2-L/16)                             ViT
+    levels 0, 12, -1: each [32 x 32 tokens, 1024]
+      |  each level -> 64 channels; space to depth; concatenated; fused        LevelAdapter
+    mean, logvar [32, 16, 16]  --  sample -->  z [32, 16, 16]
+      |  decompressed to [512, 16, 16]; its mean becomes the style w [512]     post_quant, mapping
+      |  fused into the first four blocks; w modulates every layer             LatentFusion, ConvNeXtLayer
+    8 -> 16 -> 32 -> 64 -> 128 -> 256 px, an image at each; the last is the reconstruction [3, 256, 256]
+
+AlignTok (2509.25162): DINOv2-L, trained in its second stage -> PointwiseAdapter -> z -> LDM's decoder.
+VA-VAE (2501.01423) and the plain VAE (2112.10752): LDM's encoder and decoder.
 """
+from __future__ import annotations
+
 import argparse
 import contextlib
 import copy
@@ -22,15 +36,17 @@ import http.client
 import inspect
 import json
 import math
-import mmap
 import os
 import re
-import struct
+import statistics
 import sys
 import time
+import typing
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,735 +56,188 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
-sys.modules.setdefault("tokenizer", sys.modules[__name__])      # as a script: `import tokenizer` elsewhere must not make a second copy
 
 
 @dataclass
 class Config:
-    preset: str = ""                     # toy or imagenet; imagenet where there is CUDA and data/imagenet/train
-    method: str = "vfmvae"               # vfmvae, aligntok, vavae or vae
-    stage: int = 0                       # this stage alone, from the checkpoint that the one before wrote; 0: all in turn
-    out: str = "out"                     # folder of checkpoints, logs, grids
-    resume: bool = True                  # go on from out/tokenizer.pt if it is there
-    eval: bool = False                   # evaluate out/tokenizer.pt (or --ckpt) on held-out images, then stop
-    ckpt: str = ""                       # what --eval evaluates: ours or an official file
-    bench: int = 0                       # time this many steps of every stage's losses on random data and weights, then stop
+    preset: str = ""  # imagenet or toy; imagenet where there is CUDA and data/imagenet/train
+    method: Literal["vfmvae", "aligntok", "vavae", "vae"] = "vfmvae"
+    recipe: Literal["paper", "toy", "study"] = "paper"  # rows of STAGES
+    stage: int = 0  # this stage alone, from the checkpoint that the one before wrote; 0: all
+    out: str = "out"  # folder of checkpoints, logs, grids
+    cache: str = "out"  # folder of the toy's drawings, VFM and classifier, shared by all runs
+    resume: bool = True  # go on from OUT/tokenizer.pt if it is there
+    seed: int = 0  # of weights, batches, noise
     # data
-    data: str = "shapes"                 # shapes, a folder (of class folders or flat, maybe with train/ and val/), or torchvision's name (CIFAR10, ...)
-    data_dir: str = "data"               # where torchvision's data sets lie
-    download: bool = False               # let torchvision download them
-    image_size: int = 32                 # side of the training images
-    crop: bool = False                   # augment: a random square of 0.5 to 1 of the short side
-    flip: bool = True                    # augment: mirror with probability 0.5
-    workers: int = 0                     # data loading processes
-    # model
-    vfm: str = "toy"                     # toy, toy-blind, a name (dinov2_vitl14, siglip2-large-patch16-512, ...) or a file; empty: the method's
-    scale_factor: float = 1.0            # the VFM sees images of this times their size; 0: the method's
-    layers: tuple = (0, 2, -1)           # VFM levels that VFM-VAE reads: 0 the embedding, i the output of block i, -1 the normalised last
-    z_dim: int = 32                      # latent channels C
-    downsample: int = 8                  # f: image side / latent side
-    level_dim: int = 64                  # channels of each level before fusion
-    decoder: str = ""                    # vfmvae or ldm; empty: the method's own
-    post_factor: int = 4                 # VFM-VAE decoder: latent channels are decompressed by this
-    widths: tuple = (128, 128, 64, 32)   # channels of its blocks, coarse to fine; their number is log2(f) + log2(coarsest fold)
-    fuse_dims: tuple = (128, 64)         # channels of the latent fused into its first blocks
-    attention: tuple = (1, 1)            # self-attentions after its first blocks
-    num_res_blocks: int = 0              # ConvNeXt layers: 1 + 3 x this, or 1 + 2 x this above block 3
-    w_dim: int = 128                     # style width
-    ch: int = 32                         # LDM autoencoder: base channels
-    ch_mult: tuple = (1, 1, 2, 4)        # ... and their multiples, fine to coarse
-    ldm_blocks: int = 1                  # residual blocks a level; one more in the decoder
-    ldm_attention: bool = False          # self-attention on the coarsest level, beside the one in the middle
-    groups: int = 8                      # of its GroupNorms; as many as channels (LDM's 32 here) would keep an image's mean colours from the output
+    data: str = "data/imagenet"  # folder (class folders or flat, maybe in train/ and val/), shapes, CIFAR10
+    data_dir: str = "data"  # where torchvision's data sets lie
+    download: bool = False  # let torchvision download them
+    image_size: Positive = 256  # side of the training images
+    crop: bool = True  # augment: a random square of 0.5 to 1 of the short side
+    flip: bool = True  # augment: mirror with probability 0.5
+    workers: int = 12  # data loading processes
+    # encoder
+    vfm: str = ""  # name (siglip2-large-patch16-512, ...) or file; empty: the method's
+    scale_factor: float = 0.0  # the VFM sees images of this times their size; 0: the method's
+    layers: tuple[int, ...] = (0, 12, -1)  # VFM-VAE's: 0 the embedding, i block i's output, -1 the normalised last
+    level_dim: Positive = 64  # channels of each level before fusion
+    z_dim: Positive = 32  # latent channels C
+    downsample: Positive = 16  # f: image side / latent side
+    # VFM-VAE's decoder
+    decoder: Literal["", "vfmvae", "ldm"] = ""  # empty: the method's own
+    post_factor: Positive = 16  # latent channels are decompressed by this
+    widths: tuple[int, ...] = (512, 512, 512, 512, 256, 128)  # of its blocks, coarse to fine, each twice as fine
+    fuse_dims: tuple[int, ...] = (512, 256, 128, 128)  # channels of the latent fused into its first blocks
+    attention: tuple[int, ...] = (2, 2, 2)  # self-attentions after its first blocks
+    num_res_blocks: int = 2  # ConvNeXt layers: 1 + 3 x this in the first four blocks, then 1 + 2 x this
+    w_dim: Positive = 512  # style width
+    # LDM's encoder and decoder
+    ch: Positive = 128  # base channels
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # their multiples, fine to coarse
+    ldm_blocks: Positive = 2  # residual blocks a level; one more in the decoder
+    ldm_attention: bool = True  # self-attention on the coarsest level, beside the one in the middle
+    groups: Positive = 32  # of its GroupNorms; as many as channels would hide an image's mean colours
     # training
-    kimg: float = 28.0                   # thousands of images over all stages, shared out as in STAGES; 0: STAGES' own numbers
-    batch_size: int = 16                 # images a step, over all processes
-    accumulate: int = 1                  # micro-batches a step
-    lr_scale: float = 20.0               # times the learning rates of STAGES
-    encoder_lr: float = 0.3              # ... and of a VFM that is trained (ours)
-    ldm_lr: float = 0.3                  # ... where LDM's encoder or decoder takes part: at VFM-VAE's toy rates they stay grey (ours)
-    cooldown: float = 0.4                # last share of the run over which the learning rates fall linearly to 0 (ours; the papers' are constant)
-    beta1: float = 0.9                   # Adam's; negative: the stage's own
-    vf_scale: float = 0.2                # times the VF weights of STAGES
-    preserve_scale: float = 0.2          # times the semantic preservation weight of STAGES
-    gan_scale: float = 0.0               # times the GAN weights of STAGES; 0: no GAN
-    lpips_scale: float = 0.01            # times the perceptual weights of STAGES
-    equivariance: bool = False           # VFM-VAE's equivariance regularisation, in the stages that have it
-    ema_kimg: float = 160.0              # half-life of the weights' moving average; at most 5% of the images seen
-    perceptual: str = "toy"              # lpips, or the VFM on whose features its formula is used instead
-    lpips_weights: str = ""              # VGG16 and LPIPS linear layers, comma-separated files; empty: fetch the public ones
-    disc_vfm: str = "toy"                # the frozen ViT under the projected discriminator
-    ndf: int = 16                        # PatchGAN's base channels
-    seed: int = 0                        # of weights, batches, noise
-    compile: bool = torch.cuda.is_available()   # torch.compile the networks
-    log_interval: int = 20               # steps
-    grid_interval: int = 500             # steps between pictures of reconstructions
-    save_interval: int = 1000            # steps between checkpoints
-    eval_images: int = 2000              # held-out images
+    kimg: float = 0.0  # thousands of images over all stages, shared out as in STAGES; 0: STAGES' own
+    batch_size: Positive = 512  # images a step, over all processes
+    accumulate: Positive = 1  # micro-batches a step
+    cooldown: float = 0.0  # last share of the run over which the learning rates fall linearly to 0 (ours)
+    ema_kimg: float = 160.0  # half-life of the weights' moving average; at most 5% of the images seen
+    perceptual: str = "lpips"  # lpips, or the VFM on whose features its formula is used instead
+    lpips_weights: str = ""  # files of VGG16 and LPIPS's linear layers, comma-separated; empty: public
+    disc_vfm: str = "dino_vits16"  # the frozen ViT under the projected discriminator
+    ndf: Positive = 64  # PatchGAN's base channels
+    compile: bool = torch.cuda.is_available()  # torch.compile the networks
+    log_interval: Positive = 50  # steps
+    grid_interval: Positive = 2000  # steps between pictures of reconstructions
+    save_interval: Positive = 2000  # steps between checkpoints
+    bench: int = 0  # time this many steps of each stage on random data and weights, then stop
 
 
 PRESETS = dict(
-    toy={},
-    imagenet=dict(data="data/imagenet", image_size=256, crop=True, workers=12, vfm="", scale_factor=0.0, layers=(0, 12, -1), downsample=16, post_factor=16,
-                  widths=(512, 512, 512, 512, 256, 128), fuse_dims=(512, 256, 128, 128), attention=(2, 2, 2), num_res_blocks=2, w_dim=512, ch=128,
-                  ch_mult=(1, 1, 2, 2, 4), ldm_blocks=2, ldm_attention=True, groups=32, kimg=0.0, batch_size=512, lr_scale=1.0, encoder_lr=0.1, ldm_lr=1.0,
-                  cooldown=0.0, beta1=-1.0, vf_scale=1.0, preserve_scale=1.0, gan_scale=1.0, lpips_scale=1.0, equivariance=True, perceptual="lpips",
-                  disc_vfm="dino_vits16", ndf=64, log_interval=50, grid_interval=2000, save_interval=2000, eval_images=50_000))
+    imagenet={},
+    toy=dict(
+        recipe="toy", data="shapes", image_size=32, crop=False, workers=0, vfm="toy", scale_factor=1.0,
+        layers=(0, 2, -1), downsample=8, post_factor=4, widths=(128, 128, 64, 32), fuse_dims=(128, 64),
+        attention=(1, 1), num_res_blocks=0, w_dim=128, ch=32, ch_mult=(1, 1, 2, 4), ldm_blocks=1, ldm_attention=False,
+        groups=8, batch_size=16, cooldown=0.4, perceptual="toy", disc_vfm="toy", ndf=16, log_interval=20,
+        grid_interval=500, save_interval=1000))
 
 
 @dataclass
 class Stage:
     """One row of a recipe; a column that is left out is zero or off."""
     name: str
-    kimg: float                          # length, thousands of images
-    trains: str                          # encoder (the VFM), adapter (or LDM's encoder), decoder, high (the decoder's three finest blocks: above 32 px of 256)
-    lr: float = 1e-4
-    betas: tuple = (0.0, 0.99)           # Adam's, both networks
-    summed: bool = False                 # LDM sums pixel and perceptual terms over C, H, W
-    sample: bool = True                  # decode a sample of the posterior, not its mean
+    kimg: float  # length, thousands of images
+    trains: str  # encoder (the VFM), adapter (or LDM's encoder), decoder, high (3 last blocks)
+    lr: float = 1e-4  # Adam's, both networks
+    encoder_lr: float = 1e-5  # ... of a VFM that is trained (ours)
+    betas: tuple = (0.0, 0.99)
+    summed: bool = False  # LDM sums pixel, perceptual and preservation terms over C, H, W
+    sample: bool = True  # decode a sample of the posterior, not its mean
     l1: float = 1.0
     lpips: float = 0.0
     ssim: float = 0.0
-    multires: float = 0.0                # each coarser scale's L1, for the first multires_kimg
+    multires: float = 0.0  # each coarser scale's L1, for the first multires_kimg
     multires_kimg: float = 0.0
     kl: float = 0.0
-    vf: float = 0.0                      # times the adaptive weight
-    vf_margins: tuple = (0.0, 0.0)       # of the similarity matrices, of the cosine
-    preserve: float = 0.0                # AlignTok's semantic preservation
-    dino: float = 0.0                    # projected discriminator, hinge
-    patch: float = 0.0                   # PatchGAN, hinge
-    multi: float = 0.0                   # three-scale PatchGAN, least squares
-    matching: float = 0.0                # ... and its feature matching
-    gan_adaptive: bool = False           # LDM's adaptive weight
+    vf: float = 0.0  # times the adaptive weight
+    vf_margins: tuple = (0.0, 0.0)  # of the similarity matrices, of the cosine
+    preserve: float = 0.0  # AlignTok's semantic preservation
+    dino: float = 0.0  # projected discriminator, hinge
+    patch: float = 0.0  # PatchGAN, hinge
+    multi: float = 0.0  # three-scale PatchGAN, least squares
+    matching: float = 0.0  # ... and its feature matching
+    gan_adaptive: bool = False  # LDM's adaptive weight
     gan_start_kimg: float = 0.0
-    equivariance: bool = False
+    equivariance: bool = False  # VFM-VAE's regularisation
 
 
 def rows(*stages, **shared):
     return [Stage(**{**shared, **stage}) for stage in stages]
 
 
-# The recipes. VFM-VAE: the paper's configuration. VA-VAE: 130 epochs of ImageNet (1,281 kimg each), adaptive weight 0.5, then 0.1, then
-# with margins. vae: latent diffusion's losses, as long as VA-VAE. AlignTok: the paper gives what trains under which losses; lengths,
-# learning rates and lambda_sp = 1 on mean squared differences, beside means over pixels, are ours, the first stage longest, since
-# semantics are learnt slowly. LDM's GAN starts after 5,000 steps of 256 images.
-LDM = dict(betas=(0.5, 0.9), lpips=1.0, kl=1e-6, patch=0.5, gan_adaptive=True)
-STAGES = dict(
+# The papers' recipes. VFM-VAE: as published. VA-VAE: 130 epochs of ImageNet (1,281 kimg), then with margins; vae:
+# latent diffusion's losses for as long; LDM's GAN starts after 5,000 steps of 256. AlignTok: no KL, no sampling,
+# preservation with weight 1 (3 for text to image), by later notes on the paper; its lengths, its learning rates, and
+# preservation as a mean beside means over pixels are ours; the first stage is the longest, since semantics are learnt
+# slowly.
+LDM = dict(summed=True, betas=(0.5, 0.9), lpips=1.0, patch=0.5, gan_adaptive=True)
+BOTH = "adapter decoder"
+PAPER = dict(
     vfmvae=rows(
-        dict(name="strong alignment", kimg=20_000, trains="adapter decoder", vf=5.0, kl=1e-6, lpips=10.0, multires=0.1, multires_kimg=5_000, equivariance=True),
-        dict(name="weak alignment", kimg=20_000, trains="adapter decoder", vf=1.0, kl=1e-6, lpips=10.0, equivariance=True),
+        dict(name="strong alignment", kimg=20_000, trains=BOTH, vf=5.0, kl=1e-6, lpips=10.0, multires=0.1,
+             multires_kimg=5_000, equivariance=True),
+        dict(name="weak alignment", kimg=20_000, trains=BOTH, vf=1.0, kl=1e-6, lpips=10.0, equivariance=True),
         dict(name="ssim", kimg=1_000, trains="decoder", lr=5e-5, lpips=2.0, ssim=1.0, equivariance=True),
         dict(name="patchgan", kimg=3_000, trains="high", lr=5e-5, l1=0.0, multi=1.0, matching=10.0), dino=1.0),
     aligntok=rows(
-        dict(name="latent alignment", kimg=38_400, trains="adapter decoder", gan_start_kimg=1_280),
+        dict(name="latent alignment", kimg=38_400, trains=BOTH, gan_start_kimg=1_280),
         dict(name="perceptual alignment", kimg=19_200, trains="encoder adapter decoder", preserve=1.0),
-        dict(name="decoder refinement", kimg=12_800, trains="decoder", kl=0.0), summed=True, **LDM),
+        dict(name="decoder refinement", kimg=12_800, trains="decoder"), sample=False, **LDM),
     vavae=rows(
-        dict(name="strong alignment", kimg=128_100, trains="adapter decoder", vf=0.5, gan_start_kimg=1_280),
-        dict(name="weak alignment", kimg=19_200, trains="adapter decoder", vf=0.1),
-        dict(name="margins", kimg=19_200, trains="adapter decoder", vf=0.1, vf_margins=(0.25, 0.5)), summed=True, **LDM),
-    vae=rows(dict(name="reconstruction", kimg=166_500, trains="adapter decoder", gan_start_kimg=1_280), summed=True, **LDM))
-
-
-# -----------------------------------------------------------------------------
-# Command line, processes, checkpoints, logs: what every script of this repository begins and ends with
-
-class UserError(Exception):
-    """A mistake of the user's: `main` prints its one line and exits with status 1."""
-
-
-def parse_config(Config, presets, argv=None, positional=()):
-    """A Config from the command line: its defaults, then the preset's overrides, then the flags.
-
-    Fields may be int (from 1, or from 0 where that is the default or the comment says "0: ..."), float, bool (0/1), str or tuple
-    (comma-separated ints). `positional` names the fields that may also be given without a flag. Exits with status 2 and one line for an
-    unknown flag and a value of the wrong type or out of range.
-    """
-    def boolean(text):
-        return ("0", "false", "1", "true").index(text.lower()) > 1        # ValueError: argparse's complaint
-
-    def integers(text):
-        return tuple(int(part) for part in text.split(",") if part)
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"{self.prog}: {message}\n")
-
-    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Config):
-        convert = {bool: boolean, tuple: integers}.get(field.type, field.type)
-        default = ",".join(map(str, field.default)) if field.type is tuple else int(field.default) if field.type is bool else field.default
-        parser.add_argument(f"--{field.name}", type=convert, default=argparse.SUPPRESS, metavar=field.type.__name__,
-                            help=f"{comments.get(field.name, '')} [{default}]".replace("%", "%%"))
-    parser.epilog = "presets:\n" + "\n".join(
-        f"  --preset={name}: " + (", ".join(f"{k}={v}" for k, v in preset.items()) or "the defaults") for name, preset in presets.items())
-    for name in positional:
-        parser.add_argument(f"@{name}", nargs="?", metavar=name, default=argparse.SUPPRESS)
-    given, unknown = parser.parse_known_args(argv)
-    names = [field.name for field in dataclasses.fields(Config)]
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)[0]
-        parser.error(f"unknown argument {unknown[0]}; did you mean --{nearest}? (--help lists all)")
-    given = {key.lstrip("@"): value for key, value in vars(given).items()}
-    imagenet = torch.cuda.is_available() and os.path.isdir("data/imagenet/train")
-    preset = given.get("preset") or ("imagenet" if imagenet and "imagenet" in presets else "toy")
-    if preset not in presets:
-        parser.error(f"unknown preset {preset}; there are {', '.join(presets)}")
-    cfg = Config(**{**presets[preset], **given, "preset": preset})
-    for field in dataclasses.fields(Config):
-        low = int(field.type is int and field.default > 0 and "0: " not in comments.get(field.name, ""))      # 0 where the comment says what it means
-        if field.type is int and getattr(cfg, field.name) < low:
-            parser.error(f"--{field.name}={getattr(cfg, field.name)}: must be at least {low}")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"preset {preset}", flush=True)
-    return cfg
-
-
-def main(run):
-    """Runs a script's `run()`; a UserError becomes one line and exit status 1."""
-    try:
-        run()
-    except UserError as error:
-        for bar in list(tqdm._instances):
-            bar.close()
-        line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]      # a DataLoader worker wraps the line into a traceback
-        sys.exit(f"{Path(sys.argv[0]).name}: {line}")
-    except OSError as error:             # a full disk, a folder that may not be written: the system's own line
-        if not error.strerror:
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}    # dense bf16, NVIDIA's datasheets
-
-
-@dataclass
-class World:
-    """This process among its peers."""
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def layout(self):                    # of convolutions
-        return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-
-    def autocast(self):                  # bf16 on CUDA, float32 on the CPU
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-
-    def mfu(self, flops, rate):          # of `flops` an image at `rate` images a second over all processes; None where the device's peak is not known
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
-        return next((flops * rate / (peak * self.size) for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
-
-    def barrier(self):
-        if self.size > 1:
-            dist.barrier()
-
-    def mean(self, tensor):              # average over processes, in place
-        if self.size > 1:
-            dist.all_reduce(tensor.div_(self.size))
-        return tensor
-
-
-def init_world():
-    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on the CPU), or stands alone."""
-    rank, size, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(f"{local + 1} processes, but {torch.cuda.device_count()} GPUs: --nproc_per_node must not exceed them")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif sys.platform == "linux":        # glibc returns large blocks at every free: their page faults are a fifth of a toy step
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-1, 2 ** 31 - 1)         # M_TRIM_THRESHOLD
-            libc.mallopt(-3, 2 ** 25)             # M_MMAP_THRESHOLD
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))      # the others wait while one lists a million files
-    return World(rank, size, device)
-
-
-def seed_step(seed, step, rank=0):
-    """All randomness of a step is a function of (seed, step, rank), so a resumed run needs no RNG state to be exact."""
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "little"))
-
-
-def save_checkpoint(path, **entries):
-    """Writes to a temporary name, then renames: a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(entries, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}".splitlines()[0])
-
-
-def load_checkpoint(path, kind, hint=""):
-    """The entries of a checkpoint that one of these scripts wrote, on the CPU. UserError if it is missing or of another kind."""
-    if not Path(path).exists():
-        raise UserError(f"no {kind} checkpoint at {path}" + (f"; {hint}" if hint else ""))
-    entries = load_weights(path)
-    if entries.get("kind") != kind:
-        raise UserError(f"{path} is not a {kind} checkpoint of this repository (its kind: {entries.get('kind', 'unknown')})")
-    return entries
-
-
-def write_text(path, text):
-    """Whole or not at all."""
-    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-class Log:
-    """One tqdm bar and one line of JSON in `out/log.jsonl` per log interval; silent but on rank 0."""
-
-    def __init__(self, out, script, world, total, start=0, unit="step"):
-        self.path, self.script, self.main, self.device = Path(out) / "log.jsonl", script, world.rank == 0, world.device
-        self.bar = tqdm(total=total, initial=start, desc=script, unit=unit, disable=not self.main, mininterval=0.5, dynamic_ncols=True)
-        self.world, self.clock, self.images, self.flops = world, time.perf_counter(), None, None
-        if self.main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-
-            def current(line):           # not what came after the checkpoint that is resumed from, nor half a line
-                with contextlib.suppress(ValueError):
-                    entry = json.loads(line)
-                    return entry["script"] != script or entry["step"] <= start
-
-            write_text(self.path, "".join(line + "\n" for line in filter(current, lines)))
-
-    def write(self, step, images, **values):
-        """`images` seen so far; tensors among `values` are read here, once per interval."""
-        values = dict(zip(values, torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values.values()]).tolist()))
-        now, seconds = time.perf_counter(), time.perf_counter() - self.clock
-        if self.images is not None:
-            values["images_per_second"] = (images - self.images) / seconds
-            if mfu := self.world.mfu(self.flops or 0, values["images_per_second"]):
-                values["mfu"] = mfu
-        self.clock, self.images = now, images
-        if self.main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(dict(script=self.script, step=step, images=images, **{k: float(f"{v:.6g}") for k, v in values.items()})) + "\n")
-            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
-
-
-def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, for all parameters at once; a DiT's buffers are constants."""
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
-
-
-def to_uint8(images):
-    """float [..., H, W] in [-1, 1] -> uint8, rounded."""
-    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-
-
-def to_float(images):
-    """uint8 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def save_grid(images, path, columns, labels=None, scale=None):
-    """Images [N, 3, H, W] in [-1, 1] as one PNG with `columns` to the row; `labels`, N strings, are written under them."""
-    n, _, h, w = images.shape
-    scale = scale or max(1, 96 // max(h, w))
-    text, rows = (12 if labels else 0), -(-n // columns)
-    canvas = Image.new("RGB", (columns * (w * scale + 2), rows * (h * scale + 2 + text)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
-        x, y = i % columns * (w * scale + 2), i // columns * (h * scale + 2 + text)
-        canvas.paste(Image.fromarray(image).resize((w * scale, h * scale), Image.NEAREST), (x, y))
-        if labels:
-            draw.text((x + 1, y + h * scale), labels[i], fill="black")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
-
-
-# -----------------------------------------------------------------------------
-# Data: drawn shapes, folders, torchvision's data sets. An item is (uint8 [3, size, size], label)
-
-class Shapes(Dataset):
-    """Drawn, labelled, captioned images that stand in for ImageNet: `classes` of shapes in 8 hues on 5 textured backgrounds in 8 hues;
-    size, position, rotation and mirroring vary independently. An image is a function of (split, index) alone: its attributes come
-    from a counter-based hash, its edges from signed distances (antialiased at any size)."""
-    classes = ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "T", "L"]
-    hues = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
-    textures = ["plain", "gradient", "stripes", "checks", "clouds"]
-    lengths = dict(train=30_000, val=5_000)
-
-    def __init__(self, split, size=32, length=None, cache=None):
-        self.split, self.size, self.n = split, size, length or self.lengths[split]
-        self.images, self.labels = None, self.targets()
-        if cache and self.n * 3 * size * size < 1 << 29:      # drawn once and memory-mapped by every later process
-            version = hashlib.blake2b(self.draw(np.arange(16)), digest_size=3).hexdigest()      # who changes the drawing gets new ones
-            path = Path(cache) / f"shapes-{split}-{size}-{self.n}-{version}.npy"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-                array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (self.n, 3, size, size))
-                for start in tqdm(range(0, self.n, 500), desc=f"drawing {self.n} shapes", leave=False):
-                    array[start:start + 500] = self.draw(np.arange(start, min(start + 500, self.n)))
-                array.flush()
-                os.replace(temporary, path)
-            self.images = np.load(path, mmap_mode="r")
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, index):
-        image = self.images[index] if self.images is not None else self.draw(np.array([index]))[0]
-        return torch.from_numpy(np.array(image)), int(self.labels[index])
-
-    def targets(self):
-        return self.attributes(np.arange(self.n))["shape"]
-
-    def random(self, indices, k):
-        """k uniform numbers in [0, 1) for each index: SplitMix64 (Steele et al. 2014) of a counter."""
-        with np.errstate(over="ignore"):
-            counter = np.asarray(indices, np.uint64)[:, None] * np.uint64(64) + np.arange(k, dtype=np.uint64)
-            z = (counter + np.uint64(["train", "val"].index(self.split) << 40)) * np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / (1 << 53)
-
-    def attributes(self, indices):
-        """A dictionary of arrays: four categorical attributes, then x, y, scale, angle, mirror and the texture's own numbers."""
-        u = self.random(indices, 24)
-        pick = lambda k, choices: (u[:, k] * len(choices)).astype(int)
-        scale = 0.55 + 0.25 * u[:, 4]
-        return dict(shape=pick(0, self.classes), hue=pick(1, self.hues), texture=pick(2, self.textures), ground=pick(3, self.hues),
-                    scale=scale, x=(2 * u[:, 5] - 1) * (1 - scale), y=(2 * u[:, 6] - 1) * (1 - scale),
-                    angle=(2 * u[:, 7] - 1) * 0.4, mirror=np.where(u[:, 8] < 0.5, -1.0, 1.0), free=u[:, 9:])
-
-    def caption(self, index):
-        a = {key: value[0] for key, value in self.attributes([index]).items()}
-        where = ("upper" if a["y"] < 0 else "lower") + (" left" if a["x"] < 0 else " right")
-        return (f"a {'large' if a['scale'] > 0.675 else 'small'} {self.hues[a['hue']]} {self.classes[a['shape']]} at the {where} "
-                f"on a {self.hues[a['ground']]} background, {self.textures[a['texture']]}")
-
-    def draw(self, indices):
-        """uint8 [n, 3, size, size]."""
-        a = self.attributes(indices)
-        free = a["free"][:, :, None, None].astype(np.float32)
-        axis = (np.arange(self.size, dtype=np.float32) + 0.5) * (2 / self.size) - 1
-        px, py = axis[None, None, :], axis[None, :, None]
-
-        def colour(hue, saturation, value):      # HSV to RGB, [n, 3, 1, 1]
-            k = (np.array([5, 3, 1]) + hue[:, None] / len(self.hues) * 6 + 0.3) % 6
-            return (value[:, None] * (1 - saturation[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))).astype(np.float32)[:, :, None, None]
-
-        # background: a mixture of two tones of one hue, by texture
-        angle, frequency, phase = free[:, 0] * 2 * np.pi, 1.5 + 1.5 * free[:, 1], free[:, 2] * 2 * np.pi
-        along, across = px * np.cos(angle) + py * np.sin(angle), py * np.cos(angle) - px * np.sin(angle)
-        step = lambda wave: np.clip(0.5 + 4 * wave, 0, 1)
-        mixture = np.zeros((len(along), self.size, self.size), np.float32)
-        textures = [lambda i: 0 * along[i], lambda i: (along[i] + 1.4) / 2.8, lambda i: step(np.sin(along[i] * np.pi * frequency[i] + phase[i])),
-                    lambda i: step(np.sin(along[i] * np.pi * frequency[i] + phase[i]) * np.sin(across[i] * np.pi * frequency[i])),
-                    lambda i: 0.5 + 0.25 * sum(np.sin(np.pi * (px * (4 * free[i, 3 + 3 * k] - 2) + py * (4 * free[i, 4 + 3 * k] - 2))
-                                                      + 2 * np.pi * free[i, 5 + 3 * k]) for k in range(3))]
-        for k, texture in enumerate(textures):
-            i = np.flatnonzero(a["texture"] == k)
-            mixture[i] = texture(i)
-        value = 0.3 + 0.3 * a["free"][:, 12]
-        dark, light = colour(a["ground"], 0.6 + 0 * value, value), colour(a["ground"], 0.5 + 0 * value, value + 0.18)
-        ground = dark + (light - dark) * np.clip(mixture, 0, 1)[:, None]
-
-        # foreground: signed distance in the object's frame
-        cos, sin = (f(a["angle"])[:, None, None].astype(np.float32) for f in (np.cos, np.sin))
-        scale, mirror, x, y = (a[key][:, None, None].astype(np.float32) for key in ("scale", "mirror", "x", "y"))
-        dx, dy = (px - x) / scale, (py - y) / scale
-        u, v = (dx * cos + dy * sin) * mirror, dy * cos - dx * sin
-        distance = np.empty_like(u)
-        for k, name in enumerate(self.classes):
-            i = np.flatnonzero(a["shape"] == k)
-            distance[i] = self.distance(name, u[i], v[i])
-        coverage = np.clip(0.5 - distance * scale * (self.size / 2), 0, 1)[:, None]
-        front = colour(a["hue"], 0.7 + 0.3 * a["free"][:, 13], 0.85 + 0.15 * a["free"][:, 14])
-        return ((ground + (front - ground) * coverage) * 255 + 0.5).astype(np.uint8)
-
-    @staticmethod
-    def distance(name, x, y):
-        """Signed distance (negative inside, exact near most edges) of points in a frame where the shape about fills the unit disc, y down."""
-        r = np.hypot(x, y)
-        box = lambda x0, x1, y0, y1: np.maximum(np.abs(x - (x0 + x1) / 2) - (x1 - x0) / 2, np.abs(y - (y0 + y1) / 2) - (y1 - y0) / 2)
-        if name == "circle":
-            return r - 0.85
-        if name == "square":
-            return box(-0.72, 0.72, -0.72, 0.72)
-        if name == "triangle":
-            return np.maximum(y, 0.8660254 * np.abs(x) - y / 2) - 0.48
-        if name == "star":               # one of ten mirrored sectors: the edge from the tip (radius 0.95) to the inner corner (0.4)
-            sector = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-            tip, inner = np.array([0.95, 0]), 0.4 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
-            normal = np.array([inner[1] - tip[1], tip[0] - inner[0]], np.float32) / np.hypot(*(inner - tip))
-            return normal[0] * (r * np.cos(sector) - np.float32(0.95)) + normal[1] * r * np.sin(sector)
-        if name == "cross":
-            return np.minimum(box(-0.26, 0.26, -0.85, 0.85), box(-0.85, 0.85, -0.26, 0.26))
-        if name == "ring":
-            return np.abs(r - 0.64) - 0.21
-        if name == "crescent":
-            return np.maximum(r - 0.85, 0.68 - np.hypot(x - 0.42, y))
-        if name == "heart":
-            y = y - 0.08
-            lobe = np.hypot(np.abs(x) - 0.36, y + 0.36) - 0.51
-            return np.minimum(lobe, np.maximum(np.abs(x + y), np.abs(x - y)) * 0.7071068 - 0.51)
-        if name == "T":
-            return np.minimum(box(-0.8, 0.8, -0.85, -0.4), box(-0.23, 0.23, -0.85, 0.85))
-        if name == "L":
-            return np.minimum(box(-0.62, -0.16, -0.85, 0.85), box(-0.62, 0.62, 0.4, 0.85))
-        raise KeyError(name)
-
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
-
-
-def load_rgb(path):
-    """A PIL image in RGB from any file that Pillow opens: transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            values = np.asarray(image).astype(np.float64)
-            image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read image {path}: {type(error).__name__}: {error}".replace("\n", " "))
-
-
-def center_crop(image, size):
-    """ADM's: box-halve while the short side is at least twice `size`, bicubic to it, then the centre (guided-diffusion's evaluation data)."""
-    while min(image.size) >= 2 * size:
-        image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def list_images(folder):
-    """The image files under a folder, sorted. UserError if it is missing or has none."""
-    if not Path(folder).is_dir():
-        raise UserError(f"no folder {folder}")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise UserError(f"no images in {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
-    return paths
-
-
-class Images(Dataset):
-    """Images of any data set at one size. `data`: "shapes", a folder (one subfolder a class, or flat: class 0) that may hold
-    `train` and `val`, or the name of a torchvision data set under `data_dir`. Items are asked for as an index, or as (index, key):
-    then the picture is augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), the same way for the same key."""
-
-    def __init__(self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out"):
-        self.size, self.crop, self.flip, self.note = size, crop, flip, ""
-        if data == "shapes":
-            self.source = Shapes(split, size, cache=cache)
-            self.labels, self.classes = self.source.labels, Shapes.classes
-        elif inspect.isclass(getattr(torchvision.datasets, data, None)):
-            Source, folder = getattr(torchvision.datasets, data), data_dir
-            keywords = dict(root=folder, download=download) if "download" in inspect.signature(Source).parameters else dict(root=folder)
-            if "train" in inspect.signature(Source).parameters:
-                keywords["train"] = split == "train"
-            else:
-                keywords["split"] = split if split == "train" or data == "ImageNet" else "test"
-            try:
-                with alone(os.path.join(folder, data)) if download else contextlib.nullcontext():
-                    self.source = Source(**keywords)
-            except Exception as error:
-                raise UserError(f"torchvision's {data} under {folder}: {error}".replace("\n", " ") + ("" if download else " (--download=1 fetches it)"))
-            labels = getattr(self.source, "targets", getattr(self.source, "labels", getattr(self.source, "_labels", None)))
-            if labels is None:
-                raise UserError(f"torchvision's {data} has no class labels; unpack it into a folder and give --data=FOLDER")
-            self.labels = np.asarray(labels)
-            self.classes = [str(name) for name in getattr(self.source, "classes", range(int(self.labels.max()) + 1))]
-        else:
-            root = next((Path(data) / name for name in (split, "train") if (Path(data) / name).is_dir()), Path(data))
-            if split == "val" and root != Path(data) / split:
-                self.note = f"{data} has no folder val: these are the training images"
-            if not root.is_dir():
-                raise UserError(f"--data={data}: no such folder, and not the name of a torchvision data set")
-            paths = list_images(root)
-            folders = sorted({path.relative_to(root).parts[0] for path in paths if path.parent != root})
-            if folders and any(path.parent == root for path in paths):
-                raise UserError(f"{root} has images both in class folders and beside them")
-            self.classes = folders or ["image"]
-            index = {name: i for i, name in enumerate(folders)}
-            self.labels = np.array([index.get(path.relative_to(root).parts[0], 0) for path in paths])
-            self.source = np.array([os.fsencode(path) for path in paths])        # one buffer: of a list, every worker would come to hold a copy
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, item):
-        index, key = item if isinstance(item, tuple) else (item, None)
-        image, label = self.source[index], int(self.labels[index])
-        image = load_rgb(os.fsdecode(image)) if isinstance(image, bytes) else image[0] if isinstance(image, tuple) else image
-        draw = np.random.default_rng(key) if key is not None else None
-        if self.crop and draw is not None:
-            if torch.is_tensor(image):
-                image = Image.fromarray(image.permute(1, 2, 0).numpy())
-            side = max(1, round(min(image.size) * draw.uniform(0.5, 1)))
-            left, top = (int(draw.integers(0, extent - side + 1)) for extent in image.size)
-            image = image.convert("RGB").resize((self.size,) * 2, Image.BICUBIC, (left, top, left + side, top + side), reducing_gap=3)
-        if not torch.is_tensor(image):
-            image = image.convert("RGB")
-            image = image if image.size == (self.size,) * 2 else center_crop(image, self.size)
-            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        if self.flip and draw is not None and draw.uniform() < 0.5:
-            image = image.flip(-1)
-        return image, label
-
-
-def batch_indices(n, batch, seed, step):
-    """The items of global step `step` in an endless sequence of seeded permutations of n items, and their running numbers."""
-    numbers = np.arange(step * batch, (step + 1) * batch)
-    parts = [permutation(n, seed, epoch)[numbers[numbers // n == epoch] % n] for epoch in np.unique(numbers // n)]
-    return np.concatenate(parts), numbers
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-class StepSampler:
-    """One list of (index, key) per micro-batch, from `start` to `stop` steps: rank r of `size` takes every size-th image of the global
-    batch, so the images seen depend neither on the number of processes nor on accumulation."""
-
-    def __init__(self, n, batch, seed, start, stop, world, accumulate=1):
-        if batch % (world.size * accumulate):
-            raise UserError(f"--batch_size={batch} must be a multiple of processes x accumulation = {world.size} x {accumulate}")
-        self.__dict__.update(locals())
-
-    def __len__(self):
-        return (self.stop - self.start) * self.accumulate
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            indices, numbers = batch_indices(self.n, self.batch, self.seed, step)
-            mine = [(int(i), (self.seed, int(k))) for i, k in zip(indices, numbers)][self.world.rank::self.world.size]
-            for part in np.array_split(np.arange(len(mine)), self.accumulate):
-                yield [mine[k] for k in part]
-
-
-def make_loader(dataset, sampler, world, workers):
-    """Batches of (uint8 [b, 3, S, S], labels [b]) from a StepSampler or any batch sampler."""
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
-                      persistent_workers=False, prefetch_factor=4 if workers else None)
-
-
-# -----------------------------------------------------------------------------
-# Weights from files
-
-SAFETENSORS_TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, F8_E4M3=torch.float8_e4m3fn,
-                         F8_E5M2=torch.float8_e5m2, I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
-
-
-def read_safetensors(path):
-    """The tensors of a .safetensors file: 8-byte little-endian header length, JSON header, one buffer. Memory-mapped, bounds checked."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
-        if length > size - 8:
-            raise ValueError("truncated, or not a safetensors file")
-        header = json.loads(file.read(length))
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, (begin, end) = SAFETENSORS_TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        count = math.prod(shape)
-        if any(n < 0 for n in shape) or not 0 <= begin <= end <= size - 8 - length or end - begin != count * dtype.itemsize:
-            raise ValueError(f"tensor {name} lies outside the file")
-        tensors[name] = (torch.frombuffer(buffer, dtype=dtype, count=count, offset=8 + length + begin) if count else torch.empty(0, dtype=dtype)).view(shape)
-    return tensors
-
-
-@contextlib.contextmanager
-def alone(path):
-    """One process of this machine at a time: eight ranks fetch a file once."""
-    try:
-        import fcntl
-    except ImportError:                  # Windows
-        yield
-        return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def load_weights(path_or_url):
-    """The contents of a .pt, .pth, .ckpt, .bin or .safetensors file, tensors on the CPU; never unpickles code (`weights_only`).
-
-    A URL is fetched once into torch.hub's cache. Raises UserError when the file is missing, damaged, or cannot be fetched.
-    """
-    path = str(path_or_url)
-    if path.startswith(("https://", "http://")):
-        url, (place, name) = path, path.split("//")[1].rsplit("/", 1)
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "-", place) + "-" + name)
-        with alone(path):
-            try:
-                if not os.path.exists(path):
-                    torch.hub.download_url_to_file(url, path)
-            except (OSError, http.client.HTTPException) as error:
-                raise UserError(f"cannot fetch {url} ({error}); get it elsewhere and give its path (--vfm, --disc_vfm, --lpips_weights, --inception)")
-    if not os.path.isfile(path):
-        raise UserError(f"no file {path}")
-    try:
-        # mapped, where the format and the system allow: eight processes do not hold eight copies of the optimizer that they will not use
-        mmap_file = os.name == "posix" and zipfile.is_zipfile(path)
-        return read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap_file)
-    except Exception as error:           # whatever a damaged or hostile file provokes
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"cannot read weights from {path}: damaged, or of another format ({type(error).__name__}: {first})")
-
-
-def load_state(module, state, name, ignore=()):
-    """`load_state_dict` whose complaint is one line that lists the missing and the left-over keys; `ignore`: regexes of keys not needed."""
-    state = {key: value for key, value in state.items() if not any(re.match(pattern, key) for pattern in ignore)}
-    own = module.state_dict()
-    faults = [("missing", sorted(own.keys() - state.keys())), ("left over", sorted(state.keys() - own.keys())),
-              ("of another shape", [f"{key} {list(state[key].shape)}, wanted {list(own[key].shape)}"
-                                    for key in sorted(own.keys() & state.keys()) if own[key].shape != state[key].shape])]
-    if any(keys for _, keys in faults):
-        raise UserError(f"{name}: the weights do not fit: " + "; ".join(
-            f"{len(keys)} keys {what}: " + ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "") for what, keys in faults if keys))
-    module.load_state_dict(state)
-    return module
+        dict(name="strong alignment", kimg=128_100, vf=0.5, gan_start_kimg=1_280),
+        dict(name="weak alignment", kimg=19_200, vf=0.1),
+        dict(name="margins", kimg=19_200, vf=0.1, vf_margins=(0.25, 0.5)), trains=BOTH, kl=1e-6, **LDM),
+    vae=rows(dict(name="reconstruction", kimg=166_500, trains=BOTH, gan_start_kimg=1_280), kl=1e-6, **LDM))
+
+# The toy's (ours): 28 thousand images, so high learning rates, low alignment and perceptual weights, no GAN. LDM's
+# networks stay grey at VFM-VAE's rate.
+TOY_LDM = dict(betas=(0.9, 0.9), lr=6e-4, encoder_lr=1.8e-4, summed=True, lpips=0.01)
+TOY = dict(
+    vfmvae=rows(
+        dict(name="strong alignment", kimg=13.6, trains=BOTH, lr=2e-3, vf=1.0, kl=1e-6, lpips=0.1, multires=0.1,
+             multires_kimg=3.4),
+        dict(name="weak alignment", kimg=13.6, trains=BOTH, lr=2e-3, vf=0.2, kl=1e-6, lpips=0.1),
+        dict(name="ssim", kimg=0.8, trains="decoder", lr=1e-3, lpips=0.02, ssim=1.0), betas=(0.9, 0.99)),
+    aligntok=rows(
+        dict(name="latent alignment", kimg=15.2, trains=BOTH),
+        dict(name="perceptual alignment", kimg=7.6, trains="encoder adapter decoder", preserve=0.2),
+        dict(name="decoder refinement", kimg=5.2, trains="decoder"), sample=False, **TOY_LDM),
+    vavae=rows(
+        dict(name="strong alignment", kimg=21.6, vf=0.1),
+        dict(name="weak alignment", kimg=3.2, vf=0.02),
+        dict(name="margins", kimg=3.2, vf=0.02, vf_margins=(0.25, 0.5)), trains=BOTH, kl=1e-6, **TOY_LDM),
+    vae=rows(dict(name="reconstruction", kimg=28.0, trains=BOTH), kl=1e-6, **TOY_LDM))
+
+# The study's (ours, `align.py --study=1`): one optimizer, a learning rate at which all learn, no loss that looks at a
+# VFM but the methods' own, and VFM-VAE's first VF weight lowered from 5, which would hold its images at 15 dB.
+FAIR = dict(betas=(0.9, 0.99), lr=6e-4, encoder_lr=1.8e-4)
+STUDY = dict(
+    vfmvae=rows(
+        dict(name="strong alignment", kimg=13.6, trains=BOTH, vf=1.0, kl=1e-6, multires=0.1, multires_kimg=3.4),
+        dict(name="weak alignment", kimg=13.6, trains=BOTH, vf=1.0, kl=1e-6),
+        dict(name="ssim", kimg=0.8, trains="decoder", lr=3e-4, ssim=1.0), **FAIR),
+    aligntok=rows(
+        dict(name="latent alignment", kimg=15.2, trains=BOTH),
+        dict(name="perceptual alignment", kimg=7.6, trains="encoder adapter decoder", preserve=0.2),
+        dict(name="decoder refinement", kimg=5.2, trains="decoder"), summed=True, sample=False, **FAIR),
+    vavae=rows(
+        dict(name="strong alignment", kimg=21.6, vf=0.5),
+        dict(name="weak alignment", kimg=3.2, vf=0.1),
+        dict(name="margins", kimg=3.2, vf=0.1, vf_margins=(0.25, 0.5)), trains=BOTH, summed=True, kl=1e-6, **FAIR),
+    vae=rows(dict(name="reconstruction", kimg=28.0, trains=BOTH), summed=True, kl=1e-6, **FAIR))
+
+STAGES = dict(paper=PAPER, toy=TOY, study=STUDY)
 
 
 # -----------------------------------------------------------------------------
 # The vision foundation model
 
-class Attention(nn.Module):
+class ViTAttention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):                # [B, N, D]
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, x):  # [B, N, D]
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, d]
+        return self.proj(x.transpose(1, 2).flatten(2))  # [B, N, D]
 
 
 class MLP(nn.Module):
@@ -780,8 +249,8 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(dim, hidden * (2 if activation == "swiglu" else 1))
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x):
-        x = self.fc1(x)
+    def forward(self, x):  # [B, N, D]
+        x = self.fc1(x)  # [B, N, hidden (x 2)]
         if self.activation == "swiglu":
             gate, x = x.chunk(2, -1)
             return self.fc2(F.silu(gate) * x)
@@ -800,269 +269,211 @@ class LayerScale(nn.Module):
 class ViTBlock(nn.Module):
     def __init__(self, dim, num_heads, hidden, activation, layer_scale):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, num_heads), MLP(dim, hidden, activation)
-        self.ls1, self.ls2 = (LayerScale(dim) if layer_scale else nn.Identity() for _ in range(2))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ViTAttention(dim, num_heads)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, hidden, activation)
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x):  # [B, N, D]
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-NORMALIZATION = dict(imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), half=((0.5,) * 3, (0.5,) * 3))    # torchvision; SigLIP's processor
+NORMALIZATION = dict(imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's mean and std of [0, 1]
+                     half=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))  # SigLIP's processor
 
 
 class ViT(nn.Module):
-    """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE; with `stem` the toy's, whose patches are
-    embedded by strided convolutions ("Early Convolutions Help Transformers See Better", arXiv 2106.14881).
+    """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE.
 
-    vit(images [B, 3, H, W] in [-1, 1], layers=(0, 12, -1), cls=False) -> one [B, N, D] per layer: 0 is the embedding before the first
-    block, i the output of block i, -1 the last block's after the final norm; patch tokens row-major (cls=True: the class token first).
-    H and W may be any multiples of the patch size: positions are resized bicubically. It normalises but does not resize: see `resize`.
-    """
+    vit(images [B, 3, H, W] in [-1, 1], layers=(0, 12, -1), cls=False) -> one [B, N, D] per layer: 0 the embedding
+    before the first block, i block i's output, -1 the last one's after the final norm; patch tokens row-major
+    (cls=True: behind the class token, if any). H and W: multiples of the patch size; positions are resized bicubically.
+    It normalises but does not resize: see `resize`."""
 
-    def __init__(self, image_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, mlp_hidden=512, activation="gelu", class_token=True,
-                 class_position=True, registers=0, layer_scale=False, normalize="imagenet", interpolation="bilinear", antialias=False, stem=0):
+    def __init__(self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_hidden=3072,
+                 activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False,
+                 normalize="imagenet", interpolation="bilinear", antialias=False):
         super().__init__()
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        self.image_size, self.patch_size, self.embed_dim, self.depth = image_size, patch_size, embed_dim, depth
-        self.interpolation, self.antialias = interpolation, antialias
-        if stem:
-            width = [3, stem, 2 * stem, 4 * stem]
-            self.patch_embed = nn.ModuleDict(dict(
-                convs=nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(width, width[1:])),
-                norms=nn.ModuleList(nn.BatchNorm2d(b) for b in width[1:]), proj=nn.Conv2d(width[-1], embed_dim, 1)))
-            if patch_size != 2 ** (len(width) - 1):
-                raise UserError(f"a stem of {len(width) - 1} strided convolutions makes patches of {2 ** (len(width) - 1)}, not {patch_size}")
-        else:
-            self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, embed_dim, patch_size, patch_size)))
-        self.level0_dim = stem * (patch_size // 2) ** 2 if stem else embed_dim
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.embed_dim = self.level0_dim = embed_dim
+        self.depth = depth
+        self.interpolation = interpolation
+        self.antialias = antialias
+        self.class_position = class_token and class_position
+        positions = (image_size // patch_size) ** 2 + self.class_position
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, embed_dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02) if class_token else None
         self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 0.02) if registers else None
-        self.class_position = class_token and class_position
-        self.pos_embed = nn.Parameter(torch.randn(1, (image_size // patch_size) ** 2 + self.class_position, embed_dim) * 0.02)
-        self.blocks = nn.ModuleList(ViTBlock(embed_dim, num_heads, mlp_hidden, activation, layer_scale) for _ in range(depth))
+        self.pos_embed = nn.Parameter(torch.randn(1, positions, embed_dim) * 0.02)
+        block = functools.partial(ViTBlock, embed_dim, num_heads, mlp_hidden, activation, layer_scale)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION[normalize])
-        self.register_buffer("input_scale", 0.5 / std, persistent=False)      # ((x / 2 + 1 / 2) - mean) / std in one pass
+        self.register_buffer("input_scale", 0.5 / std, persistent=False)  # ((x / 2 + 1 / 2) - mean) / std in one pass
         self.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
 
     def resize(self, images, size=None, scale=None):
-        """To `size` (height, width), by `scale`, or to the model's own size, with its own interpolation; antialiased only when shrinking."""
-        size = size or ([round(side * scale) for side in images.shape[-2:]] if scale else (self.image_size, self.image_size))
-        if tuple(images.shape[-2:]) == tuple(size):
+        """To `size` (height, width), by `scale`, or to the model's own size; antialiased only when shrinking."""
+        if scale:
+            size = [round(side * scale) for side in images.shape[-2:]]
+        size = tuple(size or (self.image_size, self.image_size))
+        if tuple(images.shape[-2:]) == size:
             return images
-        return F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=size[0] < images.shape[-2])
+        shrinks = size[0] < images.shape[-2]
+        return F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=shrinks)
+
+    def embed(self, x):
+        """Normalised images [B, 3, H, W] -> patch tokens [B, N, D]; level 0 where it is not the embedding."""
+        return self.patch_embed["proj"](x).flatten(2).transpose(1, 2), None
 
     def positions(self, h, w):
         n = self.pos_embed.shape[1] - self.class_position
         side = math.isqrt(n)
         if (side, side) == (h, w):
-            return self.pos_embed
-        grid = self.pos_embed[:, -n:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False, antialias=self.antialias).flatten(2).transpose(1, 2)
-        return torch.cat([self.pos_embed[:, :-n], grid], 1)
+            return self.pos_embed  # [1, (1 +) N, D]
+        grid = self.pos_embed[:, -n:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
+        grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False, antialias=self.antialias)
+        return torch.cat([self.pos_embed[:, :-n], grid.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, images, layers=(-1,), cls=False):
-        x = images * self.input_scale + self.input_shift
-        h, w = (side // self.patch_size for side in x.shape[-2:])
-        raw = None
-        if "convs" in self.patch_embed:
-            for i, (conv, norm) in enumerate(zip(self.patch_embed["convs"], self.patch_embed["norms"])):
-                x = conv(x)
-                raw = x if i == 0 else raw       # before any norm or activation: it still holds the pixels
-                x = F.gelu(norm(x))
-        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
-        positions = self.positions(h, w)
-        extra = 0
-        if self.cls_token is not None:
-            token = self.cls_token + positions[:, :1] if self.class_position else self.cls_token
-            prefix = [token] if self.register_tokens is None else [token, self.register_tokens]
-            extra = sum(part.shape[1] for part in prefix)
-            x = torch.cat([torch.cat(prefix, 1).expand(len(x), -1, -1), x + positions[:, self.class_position:]], 1)
-        else:
+        x = images * self.input_scale + self.input_shift  # [B, 3, H, W]
+        positions = self.positions(x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        x, level0 = self.embed(x)  # [B, N, D]
+        extra = 0  # tokens before the patches
+        if self.cls_token is None:
             x = x + positions
-        last = self.depth if -1 in layers else max(layers)
-        states = {0: x} if 0 in layers else {}
-        for i, block in enumerate(self.blocks[:last], 1):
+        else:
+            first = self.cls_token + positions[:, :1] if self.class_position else self.cls_token
+            if self.register_tokens is not None:
+                first = torch.cat([first, self.register_tokens], 1)
+            extra = first.shape[1]
+            x = x + positions[:, self.class_position:]
+            x = torch.cat([first.expand(len(x), -1, -1), x], 1)  # [B, extra + N, D]
+
+        states = {0: x}
+        for i, block in enumerate(self.blocks[:self.depth if -1 in layers else max(layers)], 1):
             x = block(x)
-            if i in layers:
-                states[i] = x
+            states[i] = x
         if -1 in layers:
             states[-1] = self.norm(x)
-        if cls:                                  # without registers; a model without a class token has none to keep
-            return [torch.cat([states[i][:, :1], states[i][:, extra:]], 1) if extra > 1 else states[i] for i in layers]
-        level0 = None if 0 not in layers else states[0][:, extra:] if raw is None else F.pixel_unshuffle(raw, self.patch_size // 2).flatten(2).transpose(1, 2)
-        return [level0 if i == 0 else states[i][:, extra:] for i in layers]
+        if cls and extra:  # registers are dropped
+            return [torch.cat([states[i][:, :1], states[i][:, extra:]], 1) for i in layers]
+        return [level0 if i == 0 and level0 is not None else states[i][:, extra:] for i in layers]
 
 
-def vit_configs():
-    """name -> (where the official weights are, ViT arguments). DINO, DINOv2: Meta's files; SigLIP2 and MAE: Hugging Face's."""
-    sizes = dict(s=(384, 12, 6, 1536), b=(768, 12, 12, 3072), l=(1024, 24, 16, 4096), g=(1536, 40, 24, 4096), so400m=(1152, 27, 16, 4304))
-    base = lambda size: dict(zip(("embed_dim", "depth", "num_heads", "mlp_hidden"), sizes[size]))
-    table = {"dino_vits16": ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
-                             dict(base("s"), image_size=224, patch_size=16, interpolation="bicubic"))}
+def vfm_table():
+    """name -> (address of the official weights, ViT arguments). DINO, DINOv2: Meta's; SigLIP2, MAE: Hugging Face's."""
+    sizes = dict(s=(384, 12, 6, 1536), b=(768, 12, 12, 3072), l=(1024, 24, 16, 4096), g=(1536, 40, 24, 4096),
+                 so400m=(1152, 27, 16, 4304))
+    table = {}
+
+    def add(name, url, size, image_size, patch_size, **arguments):
+        widths = zip(("embed_dim", "depth", "num_heads", "mlp_hidden"), sizes[size])
+        table[name] = f"https://{url}", dict(widths, image_size=image_size, patch_size=patch_size, **arguments)
+
+    meta = "dl.fbaipublicfiles.com"
+    dino = f"{meta}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
+    add("dino_vits16", dino, "s", 224, 16, interpolation="bicubic")
     for size in "sblg":
-        for suffix, file, registers in (("", "pretrain", 0), ("_reg", "reg4_pretrain", 4)):
-            name = f"dinov2_vit{size}14"
-            table[name + suffix] = (f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_{file}.pth", dict(
-                base(size), image_size=518, patch_size=14, registers=registers, antialias=registers > 0, layer_scale=True, interpolation="bicubic",
-                activation="swiglu" if size == "g" else "gelu"))
+        name = f"dinov2_vit{size}14"
+        url = f"{meta}/dinov2/{name}/{name}"
+        kind = dict(layer_scale=True, interpolation="bicubic", activation="swiglu" if size == "g" else "gelu")
+        add(name, f"{url}_pretrain.pth", size, 518, 14, **kind)
+        add(f"{name}_reg", f"{url}_reg4_pretrain.pth", size, 518, 14, registers=4, antialias=True, **kind)
     for size, word, patch, sides in (("b", "base", 16, (224, 256, 384, 512)), ("l", "large", 16, (256, 384, 512)),
                                      ("so400m", "so400m", 14, (224, 384)), ("so400m", "so400m", 16, (256, 384, 512))):
         for side in sides:
             name = f"siglip2-{word}-patch{patch}-{side}"
-            table[name] = (f"https://huggingface.co/google/{name}/resolve/main/model.safetensors", dict(
-                base(size), image_size=side // patch * patch, patch_size=patch, class_token=False, normalize="half", activation="gelu_tanh"))
+            url = f"huggingface.co/google/{name}/resolve/main/model.safetensors"
+            add(name, url, size, side // patch * patch, patch, class_token=False, normalize="half",
+                activation="gelu_tanh")
     for size, word in (("b", "base"), ("l", "large")):
-        table[f"mae_vit{size}16"] = (f"https://huggingface.co/facebook/vit-mae-{word}/resolve/main/model.safetensors",
-                                     dict(base(size), image_size=224, patch_size=16))
+        add(f"mae_vit{size}16", f"huggingface.co/facebook/vit-mae-{word}/resolve/main/model.safetensors", size, 224, 16)
     return table
 
 
-VFMS = vit_configs()
-VIT_KEYS = [      # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DINOv2's own, which are the ViT's
-    (r"^(?:.*\.)?vision_model\.|^(?:module|backbone|vit|dinov2(?:_with_registers)?|model)\.", ""),
-    (r"^embeddings\.patch_embedding(?:s\.projection)?\.", "patch_embed.proj."), (r"^embeddings\.position_embeddings?(?:\.weight)?$", "pos_embed"),
-    (r"^embeddings\.(cls_token|register_tokens|mask_token)$", r"\1"), (r"^reg_token$", "register_tokens"),
-    (r"^encoder\.layers?\.", "blocks."), (r"\.(?:layer_norm|layernorm_)(?:1|before)\.", ".norm1."), (r"\.(?:layer_norm|layernorm_)(?:2|after)\.", ".norm2."),
-    (r"\.(?:self_attn\.(q|k|v)_proj|attention\.attention\.(q)uery|attention\.attention\.(k)ey|attention\.attention\.(v)alue)\.", r".attn.\1\2\3\4."),
-    (r"\.(?:self_attn\.out_proj|attention\.output\.dense)\.", ".attn.proj."), (r"\.(?:intermediate\.dense|mlp\.w12|mlp\.weights_in)\.", ".mlp.fc1."),
-    (r"(?<!attention)\.(?:output\.dense|mlp\.w3|mlp\.weights_out)\.", ".mlp.fc2."), (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"^(?:post_)?layernorm\.", "norm.")]
-VIT_UNUSED = (r"mask_token", r"(head|decoder|text_model|attn_pool|fc_norm|pooler|last_layer|classifier)\b", r"logit_", r"embeddings\.position_ids")
+VFMS = vfm_table()
 
 
-def to_vit_keys(state):
-    """A public ViT's state dict under the names of `ViT`; separate q, k, v are joined, what a ViT does not need is dropped."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, name in VIT_KEYS:
-            key = re.sub(pattern, name, key)
-        if not any(re.match(pattern, key) for pattern in VIT_UNUSED):
-            renamed[key] = value
-    for key in [key for key in renamed if ".attn.q." in key]:
-        parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
-        if any(part is None for part in parts):
-            raise UserError(f"the weights have {key}, but not the k and v beside it")
-        renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    if renamed.get("pos_embed", torch.empty(1, 1, 1)).dim() == 2:
-        renamed["pos_embed"] = renamed["pos_embed"][None]
-    return renamed
+def vit_from(config):
+    """The network of a ViT's `config`: a ViT, or the toy's with its stem."""
+    return ToyViT(**config) if "stem" in config else ViT(**config)
 
 
-def vit_config(state):
-    """The ViT arguments that a state dict (in the ViT's names) shows, and for the rest the published model of that family."""
-    if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
-        raise UserError("these weights are not a vision transformer's (no pos_embed, patch_embed.proj, blocks)")
-    width, cls = state["pos_embed"].shape[-1], "cls_token" in state
-    n, scale = state["pos_embed"].shape[1], "blocks.0.ls1.gamma" in state
-    patch, registers = state["patch_embed.proj.weight"].shape[-1], state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    class_position = cls and math.isqrt(n) ** 2 != n
-    hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
-    swiglu = state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden
-    return dict(image_size=math.isqrt(n - class_position) * patch, patch_size=patch, embed_dim=width, num_heads=16 if width == 1152 else max(1, width // 64),
-                depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")), mlp_hidden=hidden,
-                activation="swiglu" if swiglu else "gelu" if cls else "gelu_tanh", class_token=cls, class_position=class_position, registers=registers,
-                layer_scale=scale, normalize="imagenet" if cls else "half", interpolation="bicubic" if scale else "bilinear", antialias=registers > 0)
-
-
-def load_vfm(name_or_path, out="out", pretrained=True, **overrides):
-    """A frozen ViT in eval mode: "toy" (trained the first time it is needed, cached under `out`), a name in VFMS (the official file,
-    fetched once) or a path to such a file. `overrides` are ViT arguments that a state dict does not show (`num_heads`, say).
-    Raises UserError for an unknown name, a file that cannot be read, and missing or left-over keys."""
+def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
+    """A frozen ViT in eval mode: "toy" or "toy-blind" (trained when first needed, kept in the folder `cache`), a name
+    in VFMS (the official file, fetched once) or such a file's path; pretrained=False: a name's random weights.
+    `overrides`: ViT arguments that a state dict does not show (`num_heads`). UserError for an unknown name and files
+    that do not fit."""
     name = str(name_or_path)
+    state = None
     if name in TOY_VFMS:
-        state = train_toy_vfm(name, out)["model"] if pretrained else None
-        vit = ViT(**{**TOY_VIT, **overrides})
-    elif not pretrained and name in VFMS:
-        vit, state = ViT(**{**VFMS[name][1], **overrides}), None
+        config = TOY_VIT
+        if pretrained:
+            state = toy_vfm_weights(name, cache)
+    elif name in VFMS and not pretrained:
+        config = VFMS[name][1]
     else:
         if name not in VFMS and not name.startswith("http") and not os.path.exists(name):
             raise UserError(f"no VFM {name}: neither a file nor one of {', '.join([*TOY_VFMS, *VFMS])}")
-        state = load_weights(VFMS[name][0] if name in VFMS else name)
-        state = to_vit_keys(state.get("teacher", state.get("model", state)))
-        vit = ViT(**{**vit_config(state), **(VFMS[name][1] if name in VFMS else {}), **overrides})
+        url, known = VFMS.get(name, (name, {}))
+        state = load_weights(url)
+        try:
+            state = to_vit_keys(state.get("teacher", state.get("model", state)))
+            config = {**vit_config(state), **known}
+        except (KeyError, AttributeError, ValueError) as error:
+            raise UserError(f"{name} holds no vision transformer that load_vfm knows: it lacks or misshapes {error}")
+    vit = vit_from({**config, **overrides})
     if state is not None:
         load_state(vit, state, name)
     return vit.requires_grad_(False).eval()
-
-
-# The toy's VFM learns to name attributes of the shapes: "toy" all of them, as SigLIP's captions do; "toy-blind" all but the shape, so
-# that it has never been told the class on which the diffusion model is conditioned (the control for that advantage).
-TOY_VIT = dict(image_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, mlp_hidden=512, stem=32)
-TOY_VFMS = {"toy": ("shape", "hue", "texture", "ground", "place", "size", "turn"), "toy-blind": ("hue", "texture", "ground", "place", "size", "turn")}
-
-
-def train_toy_vfm(name, out, images=96_000, batch=64, lr=1e-3):
-    """The checkpoint of a toy VFM; trains it, for about a minute and a half on two cores, where `out` has none (rank 0 does, the others wait)."""
-    path, world = Path(out) / f"vfm-{name}.pt", init_world()
-    if world.rank == 0 and not path.exists():
-        data = Shapes("train", TOY_VIT["image_size"], cache=out)
-        a = data.attributes(np.arange(len(data)))
-        quantise = lambda x, low, high, n: ((x - low) / (high - low) * n).clip(0, n - 1).astype(int)
-        a["place"] = quantise(a["x"], -0.45, 0.45, 4) * 4 + quantise(a["y"], -0.45, 0.45, 4)
-        a["size"], a["turn"] = quantise(a["scale"], 0.55, 0.8, 4), quantise(a["angle"], -0.4, 0.4, 4)
-        targets = torch.from_numpy(np.stack([a[key] for key in TOY_VFMS[name]], 1))
-        counts = (targets.amax(0) + 1).tolist()
-        with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            vit = ViT(**TOY_VIT).to(world.device).train()
-            heads = nn.ModuleList(nn.Linear(TOY_VIT["embed_dim"], sum(counts)) for _ in range(2)).to(world.device)      # on the class token, on the mean patch
-            optimizer = torch.optim.AdamW([*vit.parameters(), *heads.parameters()], lr=lr, weight_decay=0.05)
-            steps = images // batch
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-            for step in (bar := tqdm(range(steps), desc=f"training the VFM '{name}' (once)")):
-                indices, _ = batch_indices(len(data), batch, 0, step)
-                x = to_float(torch.from_numpy(data.images[np.sort(indices)]).to(world.device))
-                y = targets[np.sort(indices)].to(world.device)
-                tokens, = vit(x, cls=True)
-                logits = heads[0](tokens[:, 0]), heads[1](tokens[:, 1:].mean(1))
-                loss = sum(F.cross_entropy(part, y[:, i]) for l in logits for i, part in enumerate(l.split(counts, 1)))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                if step % 20 == 0:
-                    right = (logits[1].split(counts, 1)[0].argmax(1) == y[:, 0]).float().mean()
-                    bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{right.item():.2f}")
-        save_checkpoint(path, kind="vfm", name=name, model=vit.cpu().state_dict())
-    world.barrier()
-    return load_checkpoint(path, "vfm")
 
 
 # -----------------------------------------------------------------------------
 # Adapters: VFM features -> moments of the latent (VFM-VAE section 3.1; AlignTok section 3)
 
 class ProjectionAttention(nn.Module):
-    """Attention that changes the width. Narrowing: heads of width d_in / num_heads are averaged, then pooled to d_out if need be;
-    otherwise heads of width d_out / num_heads are concatenated."""
+    """Attention that changes the width: narrowing, heads of width d_in / num_heads are averaged, then pooled to d_out
+    if need be; else heads of width d_out / num_heads are concatenated."""
 
     def __init__(self, d_in, d_out, num_heads):
         super().__init__()
-        self.num_heads, self.d_out, self.narrow = num_heads, d_out, d_in > d_out
+        self.num_heads = num_heads
+        self.d_out = d_out
+        self.narrow = d_in > d_out
         inner = max(d_in, d_out)
         if inner % num_heads:
             raise ValueError(f"{num_heads} attention heads do not divide {inner} channels")
         self.qkv = nn.Linear(d_in, 3 * inner, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(inner)), nn.Parameter(torch.zeros(inner))
+        self.q_bias = nn.Parameter(torch.zeros(inner))
+        self.v_bias = nn.Parameter(torch.zeros(inner))
         self.proj = nn.Linear(d_out, d_out)
 
-    def forward(self, x):
+    def forward(self, x):  # [B, N, d_in]
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)                     # [B, heads, N, width]
-        x = x.mean(1) if self.narrow else x.transpose(1, 2).flatten(2)
-        return self.proj(x if x.shape[-1] == self.d_out else F.adaptive_avg_pool1d(x, self.d_out))
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, width]
+        x = F.scaled_dot_product_attention(q, k, v)
+        x = x.mean(1) if self.narrow else x.transpose(1, 2).flatten(2)  # [B, N, width or d_out]
+        if x.shape[-1] != self.d_out:
+            x = F.adaptive_avg_pool1d(x, self.d_out)
+        return self.proj(x)  # [B, N, d_out]
 
 
 class GatedMLP(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.w0, self.w1, self.w2 = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.w0 = nn.Linear(dim, 2 * dim)
+        self.w1 = nn.Linear(dim, 2 * dim)
+        self.w2 = nn.Linear(2 * dim, dim)
 
-    def forward(self, x):
+    def forward(self, x):  # [B, N, D]
         x = self.norm(x)
         return self.w2(F.gelu(self.w0(x), approximate="tanh") * self.w1(x))
 
@@ -1072,16 +483,20 @@ class AttnProjection(nn.Module):
 
     def __init__(self, d_in, d_out, num_heads):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d_in), nn.LayerNorm(d_out), nn.LayerNorm(d_in)
-        self.attn, self.proj, self.mlp = ProjectionAttention(d_in, d_out, num_heads), nn.Linear(d_in, d_out), GatedMLP(d_out)
+        self.norm1 = nn.LayerNorm(d_in)
+        self.attn = ProjectionAttention(d_in, d_out, num_heads)
+        self.norm3 = nn.LayerNorm(d_in)
+        self.proj = nn.Linear(d_in, d_out)
+        self.norm2 = nn.LayerNorm(d_out)
+        self.mlp = GatedMLP(d_out)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x):
-        x = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
+    def forward(self, x):  # [B, N, d_in]
+        x = self.proj(self.norm3(x)) + self.attn(self.norm1(x))  # [B, N, d_out]
         return x + self.mlp(self.norm2(x))
 
 
@@ -1090,28 +505,32 @@ class LevelAdapter(nn.Module):
 
     def __init__(self, in_dims, level_dims, fold, z_dim):
         super().__init__()
+        self.fold = fold
         self.levels = nn.ModuleList(AttnProjection(D, d, max(1, D // d)) for D, d in zip(in_dims, level_dims))
-        self.fold, fused = fold, sum(level_dims) * fold ** 2
+        fused = sum(level_dims) * fold ** 2
         self.fuse = AttnProjection(fused, 2 * z_dim, max(1, fused // (2 * z_dim)))
 
-    def forward(self, features, grid):
-        x = torch.cat([level(tokens) for level, tokens in zip(self.levels, features)], 2).transpose(1, 2)
-        x = F.pixel_unshuffle(x.unflatten(2, [side * self.fold for side in grid]), self.fold).flatten(2)
-        return self.fuse(x.transpose(1, 2)).transpose(1, 2).unflatten(2, grid)
+    def forward(self, features, grid):  # levels, each [B, N, D_i]; (h, w)
+        levels = [level(tokens) for level, tokens in zip(self.levels, features)]  # each [B, N, d_i]
+        x = torch.cat(levels, 2).transpose(1, 2)  # [B, d, N]
+        x = x.unflatten(2, [side * self.fold for side in grid])  # [B, d, h fold, w fold]
+        x = F.pixel_unshuffle(x, self.fold).flatten(2).transpose(1, 2)  # [B, h w, d fold^2]
+        return self.fuse(x).transpose(1, 2).unflatten(2, grid)  # [B, 2 C, h, w]
 
-    def last_weight(self):               # at which VFM-VAE compares gradients
+    def last_weight(self):  # at which VFM-VAE compares gradients
         return self.fuse.mlp.w2.weight
 
 
 class PointwiseAdapter(nn.Module):
-    """AlignTok's, as light as its paper says; its form is ours: LayerNorm, two pointwise linear layers with SiLU between."""
+    """AlignTok's two-layer MLP; LayerNorm before and SiLU between are ours."""
 
     def __init__(self, in_dim, hidden, z_dim):
         super().__init__()
-        self.net = nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden), nn.SiLU(), nn.Linear(hidden, 2 * z_dim))
+        self.net = nn.Sequential(
+            nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden), nn.SiLU(), nn.Linear(hidden, 2 * z_dim))
 
-    def forward(self, features, grid):
-        return self.net(features[-1]).transpose(1, 2).unflatten(2, grid)
+    def forward(self, features, grid):  # levels, each [B, N, D]; (h, w)
+        return self.net(features[-1]).transpose(1, 2).unflatten(2, grid)  # [B, 2 C, h, w]
 
     def last_weight(self):
         return self.net[-1].weight
@@ -1124,13 +543,23 @@ def group_norm(channels, most):
     return nn.GroupNorm(min(32, most), channels)
 
 
+def pointwise(d_in, d_out, bias=True):
+    return nn.Conv2d(d_in, d_out, 1, bias=bias)
+
+
+def depthwise(dim, kernel, bias=True):
+    return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=bias)
+
+
 class EqualLinear(nn.Module):
-    """StyleGAN's linear layer: the weight is used as W * lr_mul / sqrt(in), the bias as b * lr_mul (arXiv 1812.04948, appendix C)."""
+    """StyleGAN's linear layer (arXiv 1812.04948, appendix C): W lr_mul / sqrt(in) x + b lr_mul."""
 
     def __init__(self, d_in, d_out, lr_mul=1.0, bias_init=0.0):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(d_out, d_in) / lr_mul), nn.Parameter(torch.full((d_out,), bias_init / lr_mul))
-        self.weight_gain, self.bias_gain = lr_mul / math.sqrt(d_in), lr_mul
+        self.weight = nn.Parameter(torch.randn(d_out, d_in) / lr_mul)
+        self.bias = nn.Parameter(torch.full((d_out,), bias_init / lr_mul))
+        self.weight_gain = lr_mul / math.sqrt(d_in)
+        self.bias_gain = lr_mul
 
     def forward(self, x):
         return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
@@ -1144,78 +573,81 @@ class Style(nn.Module):
         self.affine = EqualLinear(w_dim, 3 * channels, bias_init=1.0)
 
     def forward(self, w):
-        m1, m2, m3 = self.affine(w).chunk(3, 1)
+        m1, m2, m3 = self.affine(w).chunk(3, 1)  # each [B, C]
         return m1 * m2 + m3
 
 
 class LatentFusion(nn.Module):
-    """The decompressed latent at a block's input resolution: `fold` > 1 folds space to depth first, `unfold` > 1 unfolds depth to space."""
+    """The decompressed latent at a block's input resolution: folded space to depth, or unfolded."""
 
     def __init__(self, z_dim, dim, fold=1, unfold=1):
         super().__init__()
-        folded, wide = z_dim * fold ** 2, dim * unfold ** 2
-        self.fold, self.unfold = fold, unfold
-        self.depthwise = nn.Conv2d(folded, folded, 3, padding=1, groups=folded, bias=False)
-        self.pointwise1, self.norm1 = nn.Conv2d(folded, wide, 1, bias=False), group_norm(wide, wide)
-        self.pointwise2, self.norm2 = nn.Conv2d(dim, dim, 1, bias=False), group_norm(dim, dim)
+        self.fold = fold
+        self.unfold = unfold
+        folded = z_dim * fold ** 2
+        wide = dim * unfold ** 2
+        self.depthwise = depthwise(folded, 3, bias=False)
+        self.pointwise1 = pointwise(folded, wide, bias=False)
+        self.norm1 = group_norm(wide, wide)
+        self.pointwise2 = pointwise(dim, dim, bias=False)
+        self.norm2 = group_norm(dim, dim)
 
-    def forward(self, z):
-        x = F.pixel_unshuffle(z, self.fold) if self.fold > 1 else z
-        x = F.leaky_relu(self.norm1(self.pointwise1(self.depthwise(x))), 0.2)
-        return self.norm2(self.pointwise2(F.pixel_shuffle(x, self.unfold) if self.unfold > 1 else x))
+    def forward(self, z):  # [B, z_dim, h, w]
+        x = F.pixel_unshuffle(z, self.fold)  # [B, folded, h / fold, w / fold]
+        x = F.leaky_relu(self.norm1(self.pointwise1(self.depthwise(x))), 0.2)  # [B, wide, h / fold, w / fold]
+        x = F.pixel_shuffle(x, self.unfold)  # [B, dim, h', w']
+        return self.norm2(self.pointwise2(x))
 
 
 class Upsample(nn.Module):
-    """GroupNorm, depthwise 3x3, pointwise to four times the channels, depth to space, fixed blur. Block 0 normalises after the shuffle."""
+    """GroupNorm (block 0: after the shuffle), depthwise 3x3, pointwise, depth to space, fixed blur."""
 
     def __init__(self, d_in, d_out, index):
         super().__init__()
         self.norm_first = index > 0
         normed = d_in if self.norm_first else d_out
         self.norm = group_norm(normed, normed // 4)
-        self.depthwise = nn.Conv2d(d_in, d_in, 3, padding=1, groups=d_in, bias=False)
-        self.pointwise = nn.Conv2d(d_in, 4 * d_out, 1, bias=False)
+        self.depthwise = depthwise(d_in, 3, bias=False)
+        self.pointwise = pointwise(d_in, 4 * d_out, bias=False)
         row = torch.tensor([1.0, 2, 1] if index <= 2 else [1.0, 4, 6, 4, 1])
         kernel = row[:, None] * row
-        self.register_buffer("blur", (kernel / kernel.sum()).expand(d_out, 1, -1, -1).contiguous(), persistent=False)
+        kernel = (kernel / kernel.sum()).expand(d_out, 1, -1, -1).contiguous()
+        self.register_buffer("blur", kernel, persistent=False)
 
-    def forward(self, x):
-        x = self.norm(x) if self.norm_first else x
-        x = F.pixel_shuffle(self.pointwise(self.depthwise(x)), 2)
-        x = x if self.norm_first else self.norm(x)
-        return F.conv2d(F.pad(x, [self.blur.shape[-1] // 2] * 4, mode="replicate"), self.blur, groups=len(self.blur))
+    def forward(self, x):  # [B, d_in, h, w]
+        if self.norm_first:
+            x = self.norm(x)
+        x = F.pixel_shuffle(self.pointwise(self.depthwise(x)), 2)  # [B, d_out, 2 h, 2 w]
+        if not self.norm_first:
+            x = self.norm(x)
+        x = F.pad(x, [self.blur.shape[-1] // 2] * 4, mode="replicate")
+        return F.conv2d(x, self.blur, groups=len(self.blur))  # [B, d_out, 2 h, 2 w]
 
 
 class ConvNeXtLayer(nn.Module):
-    """ConvNeXt with a modulated first pointwise layer. A sample's weights W * s / sqrt(sum (W s)^2) are never formed: s scales the
-    layer's input, in the one pass that also applies the GroupNorm's affine; the demodulation scales its output, in the pass that adds the bias."""
+    """ConvNeXt with a modulated first pointwise layer. A sample's weights W * s / sqrt(sum (W s)^2) are never formed: s
+    scales the input, with the GroupNorm's affine, and the demodulation the output, with the bias."""
 
     def __init__(self, dim, kernel, w_dim, noise_size=0):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
-        if noise_size:                   # checkpoints from before October 2025 add a stored noise map
-            self.noise_strength = nn.Parameter(torch.zeros([]))
-            self.register_buffer("noise_const", torch.randn(noise_size, noise_size))
-        self.noise_size = noise_size
+        self.dwconv = depthwise(dim, kernel)
+        self.noise = NoiseMap(noise_size) if noise_size else nn.Identity()
         self.norm = group_norm(dim, dim // 4)
         self.style = Style(w_dim, dim)
-        self.pwconv1, self.pwconv2 = nn.Conv2d(dim, 4 * dim, 1), nn.Conv2d(4 * dim, dim, 1)
+        self.pwconv1 = pointwise(dim, 4 * dim)
+        self.pwconv2 = pointwise(4 * dim, dim)
         self.gamma = nn.Parameter(torch.full((dim, 1, 1), 1e-5))
 
-    def forward(self, x, w):
-        s, weight = self.style(w), self.pwconv1.weight
-        demodulation = torch.rsqrt(F.linear(s.square(), weight.flatten(1).square()) + 1e-8)
-        y = self.dwconv(x)
-        if self.noise_size:
-            noise = self.noise_const[None, None]
-            if noise.shape[-2:] != y.shape[-2:]:
-                noise = F.interpolate(noise, y.shape[-2:], mode="bilinear", align_corners=False)
-            y = y + noise * self.noise_strength
+    def forward(self, x, w):  # [B, C, h, w], [B, w_dim]
+        s = self.style(w)  # [B, C]
+        weight = self.pwconv1.weight  # [4 C, C, 1, 1]
+        demodulation = torch.rsqrt(F.linear(s.square(), weight.flatten(1).square()) + 1e-8)  # [B, 4 C]
+        y = self.noise(self.dwconv(x))
         y = F.group_norm(y, self.norm.num_groups, eps=self.norm.eps)
         y = torch.addcmul((self.norm.bias * s)[..., None, None], y, (self.norm.weight * s)[..., None, None])
-        y = F.conv2d(y, weight)
+        y = F.conv2d(y, weight)  # [B, 4 C, h, w]
         y = F.gelu(torch.addcmul(self.pwconv1.bias[:, None, None], y, demodulation[..., None, None]))
-        return torch.addcmul(x, self.pwconv2(y), self.gamma)
+        return torch.addcmul(x, self.pwconv2(y), self.gamma)  # [B, C, h, w]
 
 
 class ChannelNorm(nn.Module):
@@ -1225,12 +657,12 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x):  # [B, C, h, w]
         return F.normalize(x, dim=1) * (self.gamma * len(self.gamma) ** 0.5)
 
 
 class DecoderAttention(nn.Module):
-    """Self-attention over positions with one learned null key and value, then a pointwise MLP; both are residual and start at zero."""
+    """Self-attention over positions with one learned null key and value, then a pointwise MLP; both start at zero."""
 
     def __init__(self, dim, num_heads=8):
         super().__init__()
@@ -1238,17 +670,25 @@ class DecoderAttention(nn.Module):
             raise ValueError(f"{num_heads} attention heads do not divide {dim} channels")
         self.num_heads = num_heads
         self.norm = ChannelNorm(dim)
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Conv2d(dim, dim, 1, bias=False) for _ in range(4))
+        self.to_q = pointwise(dim, dim, bias=False)
+        self.to_k = pointwise(dim, dim, bias=False)
+        self.to_v = pointwise(dim, dim, bias=False)
+        self.to_out = pointwise(dim, dim, bias=False)
         self.null_kv = nn.Parameter(torch.randn(2, num_heads, dim // num_heads))
-        self.ff = nn.Sequential(ChannelNorm(dim), nn.Conv2d(dim, 4 * dim, 1), nn.GELU(), nn.Conv2d(4 * dim, dim, 1))
+        self.ff = nn.Sequential(ChannelNorm(dim), pointwise(dim, 4 * dim), nn.GELU(), pointwise(4 * dim, dim))
         nn.init.zeros_(self.to_out.weight)
         nn.init.zeros_(self.ff[3].weight)
 
-    def forward(self, x):
+    def heads(self, x):
+        return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)  # [B, heads, h w, C / heads]
+
+    def forward(self, x):  # [B, C, h, w]
         y = self.norm(x)
-        q, k, v = (layer(y).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3) for layer in (self.to_q, self.to_k, self.to_v))
-        null_k, null_v = self.null_kv.to(k.dtype)[:, None, :, None].expand(-1, len(x), -1, -1, -1)
-        y = F.scaled_dot_product_attention(q, torch.cat([null_k, k], 2), torch.cat([null_v, v], 2))
+        q, k, v = self.heads(self.to_q(y)), self.heads(self.to_k(y)), self.heads(self.to_v(y))
+        null_k, null_v = self.null_kv.to(k.dtype)[:, None, :, None].expand(-1, len(x), -1, -1, -1)  # [B, heads, 1, d]
+        k = torch.cat([null_k, k], 2)  # [B, heads, 1 + h w, d]
+        v = torch.cat([null_v, v], 2)
+        y = F.scaled_dot_product_attention(q, k, v)  # [B, heads, h w, d]
         x = x + self.to_out(y.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:]))
         return x + self.ff(x)
 
@@ -1258,47 +698,64 @@ class ToRGB(nn.Module):
 
     def __init__(self, dim, w_dim):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(3, dim, 1, 1)), nn.Parameter(torch.zeros(3))
+        self.weight = nn.Parameter(torch.randn(3, dim, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(3))
         self.style = Style(w_dim, dim)
 
-    def forward(self, x, w):
-        return F.conv2d(x * (self.style(w) / self.weight.shape[1] ** 0.5)[..., None, None], self.weight, self.bias)
+    def forward(self, x, w):  # [B, C, h, w], [B, w_dim]
+        s = self.style(w) / self.weight.shape[1] ** 0.5  # [B, C]
+        return F.conv2d(x * s[..., None, None], self.weight, self.bias)  # [B, 3, h, w]
 
 
 class DecoderBlock(nn.Module):
+    """Twice the resolution: x [B, d_in, h, w], the sum of the blocks before -> x, sum [B, dim, 2 h, 2 w]."""
+
     def __init__(self, index, d_in, dim, w_dim, layers, attentions, sum_in=0, noise_size=0):
         super().__init__()
+        kernel = 5 if index <= 1 else 7
         self.upsample = Upsample(d_in, dim, index)
-        self.convs = nn.ModuleList(ConvNeXtLayer(dim, 5 if index <= 1 else 7, w_dim, noise_size) for _ in range(layers))
+        self.convs = nn.ModuleList(ConvNeXtLayer(dim, kernel, w_dim, noise_size) for _ in range(layers))
         self.attns = nn.ModuleList(DecoderAttention(dim) for _ in range(attentions))
         self.upsample_sum = Upsample(sum_in, dim, index) if sum_in else None
         self.to_rgb = ToRGB(dim, w_dim)
 
+    def forward(self, x, x_sum, w):
+        x = self.upsample(x)  # [B, dim, 2 h, 2 w]
+        for conv in self.convs:
+            x = conv(x, w)
+        for attn in self.attns:
+            x = attn(x)
+        return x, x if x_sum is None else self.upsample_sum(x_sum) + x
+
 
 class VFMVAEDecoder(nn.Module):
     """Latents [B, C, h, w] -> images, as a list from the coarsest to the finest (`scales=True`) or the finest alone.
+    `widths`: channels of the blocks, each of which doubles the resolution; `fuse_dims`, `attention`: channels of the
+    latent fused into the first blocks, self-attentions after them."""
 
-    `widths`: channels of the blocks, each of which doubles the resolution up to h * downsample; `fuse_dims`: channels of the latent
-    fused into the first blocks' inputs; `attention`: self-attentions after the first blocks.
-    """
-
-    def __init__(self, z_dim=32, downsample=16, post_factor=16, widths=(512, 512, 512, 512, 256, 128), fuse_dims=(512, 256, 128, 128),
-                 attention=(2, 2, 2), num_res_blocks=2, w_dim=512, noise_sizes=()):
+    def __init__(self, z_dim=32, downsample=16, post_factor=16, widths=(512, 512, 512, 512, 256, 128),
+                 fuse_dims=(512, 256, 128, 128), attention=(2, 2, 2), num_res_blocks=2, w_dim=512, noise_sizes=()):
         super().__init__()
+        self.granularity = 2 ** len(widths) // downsample  # the latent grid must be a multiple of it
+        if not self.granularity:
+            raise UserError(f"{len(widths)} --widths cannot double their way to {downsample} times the latents")
         dim = post_factor * z_dim
         self.post_quant = AttnProjection(z_dim, dim, post_factor)
         self.mapping = nn.Sequential(EqualLinear(dim, dim, 0.01), nn.LeakyReLU(0.2), EqualLinear(dim, w_dim, 0.01))
-        self.fusions, self.blocks = nn.ModuleList(), nn.ModuleList()
-        self.granularity = 2 ** len(widths) // downsample         # the latent grid must be a multiple of it
-        if not self.granularity:
-            raise UserError(f"{len(widths)} decoder blocks cannot double their way to {downsample} times the latents; see --widths, --downsample")
+        self.fusions = nn.ModuleList()
+        self.blocks = nn.ModuleList()
+        before = 0
         for i, width in enumerate(widths):
             fused = fuse_dims[i] if i < len(fuse_dims) else 0
             if fused:
-                fold, unfold = max(1, self.granularity >> i), max(1, (downsample << i) >> len(widths))
+                fold = max(1, self.granularity >> i)
+                unfold = max(1, (downsample << i) >> len(widths))
                 self.fusions.append(LatentFusion(dim, fused, fold, unfold))
-            self.blocks.append(DecoderBlock(i, (widths[i - 1] if i else 0) + fused, width, w_dim, 1 + num_res_blocks * (3 if i <= 3 else 2),
-                                            attention[i] if i < len(attention) else 0, widths[i - 1] if i else 0, noise_sizes[i] if noise_sizes else 0))
+            layers = 1 + num_res_blocks * (3 if i <= 3 else 2)
+            attentions = attention[i] if i < len(attention) else 0
+            noise_size = noise_sizes[i] if noise_sizes else 0
+            self.blocks.append(DecoderBlock(i, before + fused, width, w_dim, layers, attentions, before, noise_size))
+            before = width
 
     def decompress(self, z):
         """-> decompressed latent [B, post_factor * C, h, w], style w [B, w_dim]"""
@@ -1306,186 +763,68 @@ class VFMVAEDecoder(nn.Module):
         pooled = h.mean((2, 3))
         return h, self.mapping(pooled * torch.rsqrt(pooled.square().mean(1, keepdim=True) + 1e-8))
 
-    def forward(self, z, scales=False):
-        sums, w = self.body(z, scales)
-        outputs = [block.to_rgb(x, w) for block, x in zip(self.blocks[-len(sums):], sums)]
-        return outputs if scales else outputs[-1]
-
-    def body(self, z, scales):
+    def body(self, z):
+        """-> the sum after each block, coarse to fine, and w: all but the layers at which losses compare gradients."""
         h, w = self.decompress(z)
         x = x_sum = None
         sums = []
         for i, block in enumerate(self.blocks):
             if i < len(self.fusions):
-                fused = self.fusions[i](h)
+                fused = self.fusions[i](h)  # [B, fuse_dims[i], h', w']
                 x = fused if x is None else torch.cat([x, fused], 1)
-            x = block.upsample(x)
-            for conv in block.convs:
-                x = conv(x, w)
-            for attn in block.attns:
-                x = attn(x)
-            x_sum = x if x_sum is None else block.upsample_sum(x_sum) + x
-            if scales or i == len(self.blocks) - 1:
-                sums.append(x_sum)
+            x, x_sum = block(x, x_sum, w)
+            sums.append(x_sum)
         return sums, w
+
+    def forward(self, z, scales=False):
+        sums, w = self.body(z)
+        if not scales:
+            return self.blocks[-1].to_rgb(sums[-1], w)  # [B, 3, H, W]
+        return [block.to_rgb(x_sum, w) for block, x_sum in zip(self.blocks, sums)]
 
     def last_weight(self):
         return self.blocks[-1].to_rgb.weight
 
 
 # -----------------------------------------------------------------------------
-# The autoencoder of latent diffusion (arXiv 2112.10752): AlignTok's decoder; both halves in the plain VAE and VA-VAE. LDM's key names
-
-def ldm_norm(channels, groups):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    def __init__(self, d_in, d_out, groups):
-        super().__init__()
-        self.norm1, self.conv1 = ldm_norm(d_in, groups), nn.Conv2d(d_in, d_out, 3, padding=1)
-        self.norm2, self.conv2 = ldm_norm(d_out, groups), nn.Conv2d(d_out, d_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(d_in, d_out, 1) if d_in != d_out else nn.Identity()
-
-    def forward(self, x):
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-
-
-class AttnBlock(nn.Module):
-    def __init__(self, dim, groups):
-        super().__init__()
-        self.norm = ldm_norm(dim, groups)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(dim, dim, 1) for _ in range(4))
-
-    def forward(self, x):
-        y = self.norm(x)
-        q, k, v = (layer(y).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
-
-
-class Resample(nn.Module):
-    """Half the size by a strided 3x3 that pads on the right and below, or twice the size by nearest neighbour and a 3x3."""
-
-    def __init__(self, dim, up):
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1) if up else nn.Conv2d(dim, dim, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1)))
-
-
-def ldm_level(d_in, d_out, blocks, groups, attention, resample, up):
-    level = nn.ModuleDict(dict(block=nn.ModuleList(ResBlock(d_in if i == 0 else d_out, d_out, groups) for i in range(blocks)),
-                               attn=nn.ModuleList(AttnBlock(d_out, groups) for _ in range(blocks if attention else 0))))
-    if resample:
-        level["upsample" if up else "downsample"] = Resample(d_out, up)
-    return level
-
-
-def ldm_middle(dim, groups):
-    return nn.ModuleDict(dict(block_1=ResBlock(dim, dim, groups), attn_1=AttnBlock(dim, groups), block_2=ResBlock(dim, dim, groups)))
-
-
-def run_level(level, x):
-    for i, block in enumerate(level["block"]):
-        x = block(x)
-        if len(level["attn"]):
-            x = level["attn"][i](x)
-    return x
-
-
-def run_middle(middle, x):
-    return middle["block_2"](middle["attn_1"](middle["block_1"](x)))
-
-
-class LDMEncoder(nn.Module):
-    """Images [B, 3, H, W] -> moments [B, 2 C, H/f, W/f], f = 2^(levels - 1)."""
-
-    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None, groups=32):
-        super().__init__()
-        z_channels, widths = z_channels or z_dim, [ch * m for m in ch_mult]
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.down = nn.ModuleList(ldm_level(widths[i - 1] if i else ch, width, num_res_blocks, groups, i in attn_levels, i < len(widths) - 1, up=False)
-                                  for i, width in enumerate(widths))
-        self.mid = ldm_middle(widths[-1], groups)
-        self.norm_out, self.conv_out = ldm_norm(widths[-1], groups), nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_dim, 1)
-
-    def body(self, images):
-        x = self.conv_in(images)
-        for level in self.down:
-            x = run_level(level, x)
-            x = level["downsample"](x) if "downsample" in level else x
-        return self.conv_out(F.silu(self.norm_out(run_middle(self.mid, x))))
-
-    def forward(self, images, grid=None):
-        return self.quant_conv(self.body(images))
-
-    def last_weight(self):
-        return self.quant_conv.weight
-
-
-class LDMDecoder(nn.Module):
-    """Latents [B, C, h, w] -> images [B, 3, h f, w f]."""
-    granularity = 1
-
-    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None, groups=32):
-        super().__init__()
-        z_channels, widths = z_channels or z_dim, [ch * m for m in ch_mult]
-        self.post_quant_conv = nn.Conv2d(z_dim, z_channels, 1)
-        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = ldm_middle(widths[-1], groups)
-        self.up = nn.ModuleList(ldm_level(widths[min(i + 1, len(widths) - 1)], width, num_res_blocks + 1, groups, i in attn_levels, i > 0, up=True)
-                                for i, width in enumerate(widths))
-        self.norm_out, self.conv_out = ldm_norm(widths[0], groups), nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def body(self, z):
-        x = run_middle(self.mid, self.conv_in(self.post_quant_conv(z)))
-        for level in reversed(self.up):
-            x = run_level(level, x)
-            x = level["upsample"](x) if "upsample" in level else x
-        return F.silu(self.norm_out(x))
-
-    def forward(self, z, scales=False):
-        x = self.conv_out(self.body(z))
-        return [x] if scales else x
-
-    def last_weight(self):
-        return self.conv_out.weight
-
-
-# -----------------------------------------------------------------------------
 # The tokenizer
 
 class Tokenizer(nn.Module):
-    """encode: images [B, 3, H, W] in [-1, 1] -> mean, logvar [B, C, H/f, W/f];  decode: latents -> images.
+    """encode: images [B, 3, H, W] in [-1, 1] -> mean, logvar [B, C, H/f, W/f]; decode: latents -> images.
 
-    The encoder is a VFM and an adapter ("levels": VFM-VAE, "pointwise": AlignTok) or LDM's convolutions; the decoder is VFM-VAE's or
-    LDM's; each argument is the dictionary of its module's arguments. H and W: any multiples of f times the decoder's granularity that
-    the VFM's patches divide after scaling. `arch` rebuilds the model: Tokenizer(**arch).
-    """
+    The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, else AlignTok's) or LDM's; the decoder VFM-VAE's
+    or LDM's; arguments of modules are dictionaries. H and W: multiples of f times the decoder's granularity that the
+    VFM's patches divide after scaling. Tokenizer(**tokenizer.arch) is the same model."""
 
-    def __init__(self, resolution=256, downsample=16, z_dim=32, vfm=None, layers=(0, 12, -1), scale_factor=2.0, level_dims=None, adapter_hidden=0,
-                 encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0):
+    def __init__(self, resolution=256, downsample=16, z_dim=32, vfm=None, layers=(0, 12, -1), scale_factor=2.0,
+                 level_dims=None, adapter_hidden=0, encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0):
         super().__init__()
         self.arch = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        self.resolution, self.downsample, self.z_dim, self.layers, self.scale_factor = resolution, downsample, z_dim, tuple(layers), scale_factor
-        self.vfm = ViT(**vfm).eval() if vfm else None        # the toy's stem has BatchNorms: their statistics stay as they are, also while the VFM is trained
-        if vfm and not all(-1 <= i <= self.vfm.depth for i in layers):
-            raise UserError(f"layers {','.join(map(str, layers))}: this VFM has blocks 1 to {self.vfm.depth} (0: the embedding, -1: the normalised last)")
-        fold = downsample * scale_factor / self.vfm.patch_size if vfm else 1
-        if fold < 1 or fold != round(fold) or fold > 1 and not level_dims:
-            raise UserError(f"the VFM's tokens are {fold:g} times as fine as the latents: AlignTok's adapter takes 1, VFM-VAE's 1, 2, 3, ...; "
-                            "see --scale_factor, --downsample")
-        if vfm and level_dims:
-            self.adapter = LevelAdapter([self.vfm.level0_dim if i == 0 else self.vfm.embed_dim for i in layers], level_dims, round(fold), z_dim)
-        elif vfm:
-            self.adapter = PointwiseAdapter(self.vfm.embed_dim, adapter_hidden or self.vfm.embed_dim, z_dim)
-        else:
+        self.resolution = resolution
+        self.downsample = downsample
+        self.z_dim = z_dim
+        self.layers = tuple(layers)
+        self.scale_factor = scale_factor
+        self.vfm = vit_from(vfm).eval() if vfm else None  # its BatchNorms keep their statistics, also while it trains
+        if not vfm:
             self.adapter = LDMEncoder(z_dim, **(encoder or {}))
-        self.decoder = VFMVAEDecoder(z_dim, downsample, **(decoder or {})) if decoder_kind == "vfmvae" else LDMDecoder(z_dim, **(decoder or {}))
-        self.vf_proj = nn.Conv2d(z_dim, vf_dim, 1, bias=False) if vf_dim else None      # VFM-VAE's and VA-VAE's, for the VF loss alone
+        else:
+            if not all(-1 <= i <= self.vfm.depth for i in layers):
+                raise UserError(f"layers {layers}: this VFM has 0 to {self.vfm.depth}, and -1")
+            fold = downsample * scale_factor / self.vfm.patch_size
+            if fold < 1 or fold != round(fold) or fold > 1 and not level_dims:
+                raise UserError(f"the VFM's tokens are {fold:g} times as fine as the latents; AlignTok takes 1, "
+                                "VFM-VAE whole numbers: see --scale_factor, --downsample")
+            if level_dims:
+                in_dims = [self.vfm.level0_dim if i == 0 else self.vfm.embed_dim for i in layers]
+                self.adapter = LevelAdapter(in_dims, level_dims, round(fold), z_dim)
+            else:
+                self.adapter = PointwiseAdapter(self.vfm.embed_dim, adapter_hidden or self.vfm.embed_dim, z_dim)
+        if decoder_kind == "vfmvae":
+            self.decoder = VFMVAEDecoder(z_dim, downsample, **(decoder or {}))
+        else:
+            self.decoder = LDMDecoder(z_dim, **(decoder or {}))
+        self.vf_proj = pointwise(z_dim, vf_dim, bias=False) if vf_dim else None  # for the VF loss alone
 
     def features(self, images):
         """What the adapter reads: the VFM's levels, or the images themselves."""
@@ -1496,210 +835,68 @@ class Tokenizer(nn.Module):
     def check_size(self, height, width):
         f = self.downsample * self.decoder.granularity
         patch = self.vfm.patch_size if self.vfm else 1
-        if height % f or width % f or round(height * self.scale_factor) % patch or round(width * self.scale_factor) % patch:
-            raise UserError(f"images of {height} x {width} do not fit this tokenizer: it takes multiples of {f}"
-                            + (f" whose {self.scale_factor}-fold its VFM's patches of {patch} divide" if self.vfm else ""))
+        for side in (height, width):
+            if side % f or round(side * self.scale_factor) % patch:
+                raise UserError(f"images of {height} x {width} do not fit this tokenizer: it takes multiples of {f} "
+                                f"that patches of {patch} divide after scaling by {self.scale_factor}")
 
     def moments(self, features, height, width):
         """-> [B, 2 C, h, w]: mean and log variance before the clamp."""
         return self.adapter(features, (height // self.downsample, width // self.downsample))
 
     def encode(self, images):
-        self.check_size(*images.shape[-2:])
-        mean, logvar = self.moments(self.features(images), *images.shape[-2:]).float().chunk(2, 1)
+        height, width = images.shape[-2:]
+        self.check_size(height, width)
+        mean, logvar = self.moments(self.features(images), height, width).float().chunk(2, 1)  # each [B, C, h, w]
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         return self.decoder(z)
 
 
-VFMVAE_KEYS = [   # the released VFM-VAE's names -> ours
-    (r"^ldm_adapter\.patch_quants\.(\d+)\.0\.blocks\.0\.", r"adapter.levels.\1."), (r"^ldm_adapter\.final_quant\.blocks\.0\.", "adapter.fuse."),
-    (r"^ldm_adapter\.post_quant\.blocks\.0\.", "decoder.post_quant."), (r"^ldm_adapter\.linear_proj\.", "vf_proj."),
-    (r"^mapping\.mlp\.fc0\.", "decoder.mapping.0."), (r"^mapping\.mlp\.fc1\.", "decoder.mapping.2."), (r"^synthesis\.blocks\.", "decoder.blocks."),
-    (r"\.seperate_upsample_conv\.", ".upsample."), (r"\.last_upsample_conv\.", ".upsample_sum."), (r"\.conv0\.", ".convs.0."),
-    (r"\.convs1\.(\d+)\.", lambda match: f".convs.{int(match[1]) + 1}."), (r"\.affine_pw1\.proj\.", ".style.affine."),
-    (r"\.torgb\.affine\.proj\.", ".torgb.style.affine."), (r"\.torgb\.", ".to_rgb."), (r"\.self_attns\.(\d+)\.(?:attn\.)?", r".attns.\1.")]
-VFMVAE_UNUSED = (r".*\.zero_k_bias$", r".*\.blur_weight$", r"mapping\.x_avg$")
+def vfm_of(cfg):
+    """(name, scale factor) of the VFM that the method uses: the configured one, or the paper's."""
+    name, scale = ("siglip2-large-patch16-512", 2.0) if cfg.method == "vfmvae" else ("dinov2_vitl14", 0.875)
+    return cfg.vfm or name, cfg.scale_factor or scale
 
 
-def from_vfmvae(state, num_heads=None, layers=(0, 12, -1), scale_factor=2.0, resolution=256):
-    """A released VFM-VAE state dict -> (arch, state dict in our names). All widths are read from the shapes."""
-    vit = {key[len("vfm_encoder.encoder."):]: value for key, value in state.items() if key.startswith("vfm_encoder.")}
-    vit = to_vit_keys(vit)
-    renamed = {f"vfm.{key}": value for key, value in vit.items()}
-    for key, value in state.items():
-        if key.startswith("vfm_encoder.") or any(re.match(pattern, key) for pattern in VFMVAE_UNUSED):
-            continue
-        fusion = re.match(r"synthesis\.z_convs\.(\d+)\.(\d)\.(\d)\.(\w+)", key)
-        if fusion:                       # two stages, numbered 0 1, 1 2 or 0 2: depthwise, pointwise, norm; then pointwise, norm
-            i, stage, part, kind = fusion.groups()
-            first = f"synthesis.z_convs.{i}.{stage}.2.weight" in state
-            key = f"decoder.fusions.{i}." + (("depthwise", "pointwise1", "norm1") if first else ("pointwise2", "norm2"))[int(part)] + f".{kind}"
-        for pattern, name in VFMVAE_KEYS:
-            key = re.sub(pattern, name, key)
-        bias_like = key.endswith((".gamma", "pwconv1.bias", "to_rgb.bias"))
-        renamed[key] = value.reshape(-1, *(1,) * (2 * key.endswith(".gamma"))) if bias_like else value
-    try:
-        shape = lambda key: tuple(renamed[key].shape)
-        count = lambda prefix: len({key[len(prefix):].split(".")[0] for key in renamed if key.startswith(prefix)})
-        blocks = range(count("decoder.blocks."))
-        level_dims = [shape(f"adapter.levels.{i}.proj.weight")[0] for i in range(count("adapter.levels."))]
-        dim, z_dim = shape("decoder.post_quant.proj.weight")
-        config = vit_config(vit)
-        config["num_heads"] = num_heads or config["num_heads"]
-        arch = dict(resolution=resolution, z_dim=z_dim, vfm=config, layers=tuple(layers), scale_factor=scale_factor, level_dims=level_dims,
-                    downsample=2 ** len(blocks) // math.isqrt(shape("decoder.fusions.0.depthwise.weight")[0] // dim),
-                    vf_dim=shape("vf_proj.weight")[0] if "vf_proj.weight" in renamed else 0,
-                    decoder=dict(post_factor=dim // z_dim, widths=[shape(f"decoder.blocks.{i}.convs.0.dwconv.weight")[0] for i in blocks],
-                                 fuse_dims=[shape(f"decoder.fusions.{i}.pointwise2.weight")[0] for i in range(count("decoder.fusions."))],
-                                 attention=[count(f"decoder.blocks.{i}.attns.") for i in blocks], num_res_blocks=(count("decoder.blocks.0.convs.") - 1) // 3,
-                                 w_dim=shape("decoder.mapping.2.weight")[0],
-                                 noise_sizes=[shape(key)[0] for i in blocks if (key := f"decoder.blocks.{i}.convs.0.noise_const") in renamed]))
-    except KeyError as error:
-        raise UserError(f"this looks like a VFM-VAE, but has no {error}")
-    return arch, renamed
-
-
-def from_ldm(state, resolution=256):
-    """An autoencoder in LDM's format (LDM, the original SD-VAE, VA-VAE) -> (arch, state dict in our names)."""
-    renamed = {}
-    for key, value in state.items():
-        if re.match(r"(encoder|quant_conv)\.", key):
-            renamed["adapter." + key.removeprefix("encoder.")] = value
-        elif re.match(r"(decoder|post_quant_conv)\.", key):
-            renamed["decoder." + key.removeprefix("decoder.")] = value
-        elif not re.match(r"(loss|foundation_model|linear_proj|model_ema|logvar)\b", key):
-            renamed[key] = value         # left over: load_state says so
-    try:
-        ch = renamed["adapter.conv_in.weight"].shape[0]
-        levels = sorted({int(key.split(".")[2]) for key in renamed if key.startswith("adapter.down.")})
-        parts = dict(ch=ch, ch_mult=[renamed[f"adapter.down.{i}.block.0.conv2.weight"].shape[0] // ch for i in levels],
-                     num_res_blocks=len({key.split(".")[4] for key in renamed if key.startswith("adapter.down.0.block.")}),
-                     attn_levels=[i for i in levels if f"adapter.down.{i}.attn.0.norm.weight" in renamed],
-                     z_channels=renamed["decoder.post_quant_conv.weight"].shape[0])
-        return dict(resolution=resolution, downsample=2 ** (len(levels) - 1), z_dim=renamed["decoder.post_quant_conv.weight"].shape[1], scale_factor=1.0,
-                    encoder=parts, decoder=parts, decoder_kind="ldm"), renamed
-    except KeyError as error:
-        raise UserError(f"this looks like an LDM autoencoder, but has no {error}")
-
-
-def load_tokenizer(path, **overrides):
-    """A frozen Tokenizer in eval mode, EMA weights where there are any, from a checkpoint of ours, an official VFM-VAE ({"G_ema": ...} or
-    a bare state dict) or a file in LDM's format (VA-VAE, SD-VAE; `state_dict` inside): told apart by their keys. What shapes do not show
-    has the published model's value and can be overridden: num_heads (the VFM's), layers, scale_factor, resolution.
-    `tokenizer.about` holds what else a checkpoint of ours says (config, classes, images, stage).
-    Raises UserError for a missing or damaged file, another kind of file, missing or left-over keys."""
-    entries = load_weights(path)
-    if not isinstance(entries, dict):
-        raise UserError(f"{path} holds no state dict")
-    if "kind" in entries:
-        if entries["kind"] != "tokenizer":
-            raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
-        arch, state = entries["arch"], {**entries["model"], **entries["ema"]}
-        if "num_heads" in overrides:
-            arch["vfm"]["num_heads"] = overrides.pop("num_heads")
-        arch.update(overrides)
+def build_tokenizer(cfg, pretrained=True):
+    """The untrained Tokenizer of a Config, its VFM pretrained -> (tokenizer, the VF loss's VFM if another)."""
+    name, scale = vfm_of(cfg)
+    on_vfm = cfg.method in ("vfmvae", "aligntok")
+    vf = any(stage.vf for stage in stages_of(cfg))
+    vfm = load_vfm(name, cfg.cache, pretrained) if vf or on_vfm else None
+    fusion_keys = ("post_factor", "widths", "fuse_dims", "attention", "num_res_blocks", "w_dim")
+    fusion = {key: getattr(cfg, key) for key in fusion_keys}
+    ldm = dict(ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.ldm_blocks, groups=cfg.groups,
+               attn_levels=(len(cfg.ch_mult) - 1,) if cfg.ldm_attention else ())
+    kind = cfg.decoder or ("vfmvae" if cfg.method == "vfmvae" else "ldm")
+    arch = dict(resolution=cfg.image_size, downsample=cfg.downsample, z_dim=cfg.z_dim, decoder_kind=kind,
+                decoder=fusion if kind == "vfmvae" else ldm, vf_dim=vfm.embed_dim if vf else 0)
+    if cfg.method == "vfmvae":
+        if cfg.layers[-1:] != (-1,):
+            raise UserError("--layers must end with -1, the VFM's output, which the VF loss reads")
+        level_dims = (cfg.level_dim,) * len(cfg.layers)
+        arch.update(vfm=vfm.config, scale_factor=scale, layers=cfg.layers, level_dims=level_dims)
+    elif cfg.method == "aligntok":
+        arch.update(vfm=vfm.config, scale_factor=scale, layers=(-1,))
     else:
-        state = entries.get("G_ema", entries.get("state_dict", entries))
-        state = {key.removeprefix("module."): value for key, value in state.items()} if isinstance(state, dict) else {}
-        if any(key.startswith("ldm_adapter.") for key in state):
-            arch, state = from_vfmvae(state, **overrides)
-        elif "post_quant_conv.weight" in state:
-            arch, state = from_ldm(state, **overrides)
-        else:
-            raise UserError(f"{path} is not a tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's (post_quant_conv.*)")
-    tokenizer = load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
-    tokenizer.about = {key: value for key, value in entries.items() if key in ("config", "classes", "images", "stage", "pair")} if "kind" in entries else {}
-    return tokenizer
+        arch.update(encoder=ldm, scale_factor=1.0)
+    if (kind == "ldm" or not on_vfm) and 2 ** (len(cfg.ch_mult) - 1) != cfg.downsample:
+        raise UserError(f"--ch_mult of {len(cfg.ch_mult)} levels does not downsample by --downsample={cfg.downsample}")
+    try:
+        tokenizer = Tokenizer(**arch)
+    except ValueError as error:  # of channels that groups or heads do not divide
+        raise UserError(f"no network has these widths: {error}")
+    tokenizer.check_size(cfg.image_size, cfg.image_size)
+    if on_vfm:
+        tokenizer.vfm = vfm
+        vfm = None  # the loss reads the encoder's own features
+    return tokenizer, vfm
 
 
 # -----------------------------------------------------------------------------
-# Losses
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of images in [-1, 1] -> [B]."""
-    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))
-
-
-def ssim(a, b, data_range=1):
-    """Structural similarity of images in [-1, 1] -> [B]: Gaussian window 11 (or the image), sigma 1.5, valid positions (Wang et al. 2004).
-    Evaluated on [0, 1] with data range 1, as metrics do, or with `data_range=2` on [-1, 1], as VFM-VAE's loss does: means matter to it."""
-    if data_range == 1:
-        a, b = a / 2 + 0.5, b / 2 + 0.5
-    size = min(11, *a.shape[-2:])
-    row = torch.exp(-(torch.arange(size, device=a.device) - (size - 1) / 2).square() / (2 * 1.5 ** 2))
-    row = (row / row.sum()).expand(5 * a.shape[1], 1, 1, -1)
-    c = a.shape[1]
-    x = torch.cat([a, b, a * a, b * b, a * b], 1).float()
-    x = F.conv2d(F.conv2d(x, row, groups=5 * c), row.transpose(2, 3), groups=5 * c)
-    ma, mb, aa, bb, ab = x.split(c, 1)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    value = (2 * ma * mb + c1) * (2 * (ab - ma * mb) + c2) / ((ma * ma + mb * mb + c1) * (aa - ma * ma + bb - mb * mb + c2))
-    return value.flatten(1).mean(1)
-
-
-LPIPS_URLS = ("https://download.pytorch.org/models/vgg16-397923af.pth",
-              "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
-
-
-class LPIPS(nn.Module):
-    """lpips(a, b) of images in [-1, 1] -> [B]: LPIPS v0.1 on VGG16 (Zhang et al., arXiv 1801.03924).
-
-    `weights`: one or two comma-separated files that hold torchvision's VGG16 (`features.*`) and the published linear layers
-    (`lin0.model.1.weight`, ...); empty: both public files, fetched once; None: random weights.
-    """
-    SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))      # the convolutions of VGG16.features, up to each ReLU that is compared
-    WIDTHS = (64, 128, 256, 512, 512)
-
-    def __init__(self, weights=""):
-        super().__init__()
-        self.features, d_in = nn.ModuleDict(), 3
-        for layers, width in zip(self.SLICES, self.WIDTHS):
-            for i in layers:
-                self.features[str(i)] = nn.Conv2d(d_in, width, 3, padding=1)
-                d_in = width
-        self.lins = nn.ParameterList(torch.rand(1, width, 1, 1) for width in self.WIDTHS)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
-        if weights is not None:
-            try:
-                state = {key: value for file in (weights.split(",") if weights else LPIPS_URLS) for key, value in load_weights(file).items()}
-            except UserError as error:
-                raise UserError(f"LPIPS needs VGG16 and its linear layers: {error}; give --lpips_weights=vgg16-397923af.pth,vgg.pth")
-            state = {re.sub(r"^lin(\d)\.model\.1\.weight$", r"lins.\1", key): value for key, value in state.items()}
-            load_state(self, state, "LPIPS", ignore=(r"classifier\.", r"lin\d\.weight"))
-        self.requires_grad_(False).eval()
-
-    def maps(self, x):
-        x, maps = (x - self.shift) / self.scale, []
-        for k, layers in enumerate(self.SLICES):
-            x = F.max_pool2d(x, 2) if k else x
-            for i in layers:
-                x = F.relu(self.features[str(i)](x))
-            maps.append(F.normalize(x.float(), dim=1, eps=1e-10))
-        return maps
-
-    def forward(self, a, b):             # gradients reach a alone
-        with torch.no_grad():
-            targets = self.maps(b)
-        return sum(((x - y).square() * lin).sum(1).mean((1, 2)) for x, y, lin in zip(self.maps(a), targets, self.lins))
-
-
-class FeatureDistance(nn.Module):
-    """LPIPS's formula on a frozen ViT's tokens, averaged over its blocks: the toy's perceptual distance, where no VGG is at hand (ours)."""
-
-    def __init__(self, vit):
-        super().__init__()
-        self.vit, self.layers = vit, tuple(range(1, vit.depth + 1))
-
-    def forward(self, a, b, target=None):        # target: b's features, if they are at hand
-        if target is None:
-            with torch.no_grad():
-                target = self.vit(b, self.layers)
-        pairs = zip(self.vit(a, self.layers), target)
-        return sum((F.normalize(x.float(), dim=2) - F.normalize(y.float(), dim=2)).square().sum(2).mean(1) for x, y in pairs) / len(target)
-
+# Losses on latents
 
 def kl_loss(mean, logvar):
     """0.5 sum(mean^2 + var - 1 - logvar) over C, h, w; averaged over the batch."""
@@ -1707,150 +904,36 @@ def kl_loss(mean, logvar):
 
 
 def vf_loss(projected, features, margin_matrix=0.0, margin_cos=0.0):
-    """VA-VAE's vision foundation model loss (arXiv 2501.01423, section 3.2): projected latents [B, D, h, w] against the VFM's tokens
-    [B, N, D], pooled to the latent grid: distances of the two cosine matrices over all token pairs, plus those of the tokens."""
+    """VA-VAE's vision foundation model loss (arXiv 2501.01423, section 3.2), VFM-VAE's representation regularisation:
+    the distance of projected latents [B, D, h, w] from the VFM's tokens [B, N, D], pooled to the latent grid: of their
+    matrices of cosines over all pairs of tokens, plus of the tokens themselves."""
     side = math.isqrt(features.shape[1] * projected.shape[2] // projected.shape[3])
-    target = features.detach().float().transpose(1, 2).unflatten(2, (side, -1))
-    z = F.normalize(projected.float().flatten(2), dim=1)
-    f = F.normalize(F.adaptive_avg_pool2d(target, projected.shape[2:]).flatten(2), dim=1)
+    target = features.detach().float().transpose(1, 2).unflatten(2, (side, -1))  # [B, D, H, W]
+    f = F.normalize(F.adaptive_avg_pool2d(target, projected.shape[2:]).flatten(2), dim=1)  # [B, D, h w]
+    z = F.normalize(projected.float().flatten(2), dim=1)  # [B, D, h w]
     matrix = F.relu((z.transpose(1, 2) @ z - f.transpose(1, 2) @ f).abs() - margin_matrix).mean()
     return matrix + F.relu(1 - margin_cos - (z * f).sum(1)).mean()
 
 
-class LocalBatchNorm(nn.Module):
-    """BatchNorm over virtual batches of 8 samples and all positions (StyleGAN-T, arXiv 2301.09515); one batch where 8 does not divide it."""
-
-    def __init__(self, channels, virtual=8):
-        super().__init__()
-        self.virtual = virtual
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x):                # [B, C, ...]
-        groups = len(x) // self.virtual if len(x) % self.virtual == 0 else 1
-        y = x.float().unflatten(0, (groups, -1))                                # [G, samples, C, ...]
-        var, mean = torch.var_mean(y, [1, *range(3, y.dim())], correction=0, keepdim=True)
-        y, affine = ((y - mean) * torch.rsqrt(var + 1e-5)).flatten(0, 1), (-1, *(1,) * (x.dim() - 2))
-        return torch.addcmul(self.bias.view(affine), y, self.weight.view(affine)).to(x.dtype)
+def gradient_ratio(grad_a, grad_b):
+    """LDM's adaptive weight of one loss beside another (arXiv 2012.09841, eq. 7), from both gradients at one weight."""
+    return grad_a.float().norm() / (grad_b.float().norm() + 1e-4)
 
 
-def diff_augment(x):
-    """DiffAugment (arXiv 2006.10738) with its colour, translation (1/8) and cutout (1/5) policies, drawn per image."""
-    b, _, h, w = x.shape
-    rand = lambda: torch.rand(b, 1, 1, 1, device=x.device)
-    x = x + rand() - 0.5                                                                            # brightness
-    x = torch.lerp(x.mean(1, keepdim=True), x, rand() * 2)                                          # saturation
-    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, rand() + 0.5)                                # contrast
-    rows, columns = torch.arange(h, device=x.device).view(1, 1, h, 1), torch.arange(w, device=x.device).view(1, 1, 1, w)
-    dy, dx = ((rand() * (2 * (side // 8) + 1)).floor() - side // 8 for side in (h, w))
-    sy, sx = (rows + dy).long(), (columns + dx).long()
-    inside = ((sy >= 0) & (sy < h)) & ((sx >= 0) & (sx < w))
-    flat = sy.clamp(0, h - 1) * w + sx.clamp(0, w - 1)
-    x = x.flatten(2).gather(2, flat.flatten(2).expand(-1, x.shape[1], -1)).view_as(x)
-    cy, cx = (rand() * h).floor(), (rand() * w).floor()
-    hole = ((rows - cy).abs() * 2 < h // 5) & ((columns - cx).abs() * 2 < w // 5)
-    return x * (inside & ~hole)
-
-
-class ProjectedDiscriminator(nn.Module):
-    """Heads on the tokens of a frozen ViT (DINO ViT-S/16 in the papers), after StyleGAN-T (arXiv 2301.09515, section 3.2): logits [B, levels x N]."""
-
-    def __init__(self, vit):
-        super().__init__()
-        if vit.cls_token is None:
-            raise UserError("the projected discriminator needs a ViT with a class token: another --disc_vfm")
-        self.vit = vit
-        step = max(1, vit.depth // 4)
-        self.layers = tuple(range(0, vit.depth + 1, step))
-        spectral = torch.nn.utils.parametrizations.spectral_norm
-        conv = lambda d_out, kernel: spectral(nn.Conv1d(vit.embed_dim, d_out, kernel, padding=kernel // 2, padding_mode="circular" if kernel > 1 else "zeros"))
-        self.heads = nn.ModuleList(nn.ModuleDict(dict(
-            first=nn.Sequential(conv(vit.embed_dim, 1), LocalBatchNorm(vit.embed_dim), nn.LeakyReLU(0.2)),
-            residual=nn.Sequential(conv(vit.embed_dim, 9), LocalBatchNorm(vit.embed_dim), nn.LeakyReLU(0.2)), last=conv(1, 1))) for _ in self.layers)
-
-    def forward(self, images):
-        x, size = diff_augment(images), self.vit.image_size
-        if min(x.shape[-2:]) >= size and torch.rand(()) < 0.5:       # a random crop, else the whole; the coin is tossed on the CPU
-            top, left = (int(torch.randint(side - size + 1, ())) for side in x.shape[-2:])
-            x = x[..., top:top + size, left:left + size].contiguous()
-        else:
-            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        logits = []
-        for tokens, head in zip(self.vit(x, self.layers, cls=True), self.heads):
-            tokens = (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2)
-            y = head["first"](tokens)
-            logits.append(head["last"]((y + head["residual"](y)) / math.sqrt(2)).flatten(1))
-        return torch.cat(logits, 1)
-
-
-class PatchGAN(nn.Module):
-    """pix2pix's discriminator (arXiv 1611.07004): the outputs of all layers, the last one the logits."""
-
-    def __init__(self, norm, ndf=64, layers=3):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2))])
-        for i in range(1, layers + 1):
-            d_in, d_out = ndf * min(8, 2 ** (i - 1)), ndf * min(8, 2 ** i)
-            self.layers.append(nn.Sequential(nn.Conv2d(d_in, d_out, 4, 2 if i < layers else 1, 1, bias=False), norm(d_out), nn.LeakyReLU(0.2)))
-        self.layers.append(nn.Conv2d(ndf * min(8, 2 ** layers), 1, 4, 1, 1))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0, 0.02)
-
-    def forward(self, x):
-        outputs = []
-        for layer in self.layers:
-            x = layer(x)
-            outputs.append(x)
-        return outputs
-
-
-class GAN(nn.Module):
-    """The discriminators of a stage: `dino` (hinge, VFM-VAE), `patch` (hinge, LDM) or `multi` (three scales, least squares with feature
-    matching, VFM-VAE's last stage), each with its weight in the stage's row."""
-
-    def __init__(self, stage, vit, ndf=64, image_size=256):
-        super().__init__()
-        self.stage = stage
-        layers = min(3, max(1, int(math.log2(image_size)) - 4))      # fewer where a coarse image would shrink to nothing
-        self.dino = ProjectedDiscriminator(vit) if stage.dino else None
-        self.patch = PatchGAN(nn.BatchNorm2d, ndf, layers) if stage.patch else None
-        self.multi = nn.ModuleList(PatchGAN(LocalBatchNorm, ndf, layers) for _ in range(3)) if stage.multi else None
-
-    def pyramid(self, x):
-        return [x if k == 0 else F.avg_pool2d(x, 2 ** k) for k in range(3)]
-
-    def generator_loss(self, fake, real):
-        """-> a dictionary of unweighted losses, each as named in the stage's row."""
-        losses = {}
-        if self.dino:
-            losses["dino"] = -self.dino(fake).mean()
-        if self.patch:
-            losses["patch"] = -self.patch(fake)[-1].mean()
-        if self.multi:
-            losses["multi"] = losses["matching"] = 0
-            for net, x, y in zip(self.multi, self.pyramid(fake), self.pyramid(real)):
-                outputs, targets = net(x), net(y)
-                losses["multi"] = losses["multi"] + (outputs[-1] - 1).square().mean() / 3
-                losses["matching"] = losses["matching"] + sum(F.l1_loss(a, b) for a, b in zip(outputs[:-1], targets[:-1])) * 4 / (len(outputs) - 1) / 3
-        return losses
-
-    def discriminator_loss(self, fake, real):
-        loss = 0
-        if self.dino:
-            loss = loss + F.relu(1 - self.dino(real)).mean() + F.relu(1 + self.dino(fake)).mean()
-        if self.patch:
-            loss = loss + 0.5 * (F.relu(1 - self.patch(real)[-1]).mean() + F.relu(1 + self.patch(fake)[-1]).mean())
-        for net, x, y in zip(self.multi or (), self.pyramid(fake), self.pyramid(real)):
-            loss = loss + 0.5 / 3 * ((net(y)[-1] - 1).square().mean() + net(x)[-1].square().mean())
-        return loss
+def loss_ratio(a, b, weight):
+    return gradient_ratio(*(torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (a, b)))
 
 
 def draw_equivariance(seed, step, grid, granularity):
-    """VFM-VAE's equivariance regularisation for one batch, the same on all processes -> ("latent" or "image" or None, scale, quarter turns).
-    With probability 0.5 the latent is scaled and rotated, otherwise with 0.25 the image is shrunk first; scales that the decoder's grid admits."""
+    """VFM-VAE's equivariance regularisation of one batch, the same on all processes -> (kind, scale, quarter turns).
+    With probability 0.5 the "latent" is scaled and rotated, otherwise with 0.25 the "image" is shrunk first, else None;
+    the scales are those that the decoder's grid admits."""
     rng = np.random.default_rng((seed, step, 1))
     kind = "latent" if rng.uniform() < 0.5 else "image" if rng.uniform() < 0.25 else None
-    scales = [s for s in (0.25, 0.5, 0.75, 1.0) if grid * s >= granularity and (grid * s) % granularity == 0 and (kind == "latent" or s < 1)]
+    scales = []
+    for scale in (0.25, 0.5, 0.75, 1.0):
+        if grid * scale >= granularity and grid * scale % granularity == 0 and (kind == "latent" or scale < 1):
+            scales.append(scale)
     if kind is None or not scales:
         return None, 1.0, 0
     return kind, float(rng.choice(scales)), int(rng.integers(4)) if kind == "latent" else 0
@@ -1859,276 +942,267 @@ def draw_equivariance(seed, step, grid, granularity):
 # -----------------------------------------------------------------------------
 # Training
 
-def vfm_of(cfg):
-    """(name, scale factor) of the VFM that the method uses: the configured one, or the paper's."""
-    name, scale = {"vfmvae": ("siglip2-large-patch16-512", 2.0)}.get(cfg.method, ("dinov2_vitl14", 0.875))
-    return cfg.vfm or name, cfg.scale_factor or scale
-
-
-def build_tokenizer(cfg, pretrained=True):
-    """The untrained Tokenizer of a Config, around its pretrained VFM -> (tokenizer, VF loss's VFM or None)."""
-    name, scale = vfm_of(cfg)
-    stages = STAGES[cfg.method]
-    vf = bool(cfg.vf_scale) and any(stage.vf for stage in stages)
-    vfm = load_vfm(name, cfg.out, pretrained) if vf or cfg.method in ("vfmvae", "aligntok") else None
-    ldm = dict(ch=cfg.ch, ch_mult=list(cfg.ch_mult), num_res_blocks=cfg.ldm_blocks, attn_levels=[len(cfg.ch_mult) - 1] * cfg.ldm_attention, groups=cfg.groups)
-    arch = dict(resolution=cfg.image_size, downsample=cfg.downsample, z_dim=cfg.z_dim, scale_factor=1.0, encoder=ldm,
-                vf_dim=vfm.embed_dim if vf else 0)
-    if cfg.method in ("vfmvae", "aligntok"):
-        layers = cfg.layers if cfg.method == "vfmvae" else (-1,)
-        if not layers or layers[-1] != -1:
-            raise UserError(f"--layers={','.join(map(str, layers))} must end with -1, the VFM's output, which the VF loss reads")
-        arch.update(vfm=vfm.config, scale_factor=scale, layers=list(layers), encoder=None)
-    if cfg.method == "vfmvae":
-        arch.update(level_dims=[cfg.level_dim] * len(layers))
-    if (cfg.decoder or ("vfmvae" if cfg.method == "vfmvae" else "ldm")) == "vfmvae":
-        arch.update(decoder_kind="vfmvae", decoder=dict(post_factor=cfg.post_factor, widths=list(cfg.widths), fuse_dims=list(cfg.fuse_dims),
-                                                        attention=list(cfg.attention), num_res_blocks=cfg.num_res_blocks, w_dim=cfg.w_dim))
-    else:
-        arch.update(decoder_kind="ldm", decoder=ldm)
-        if 2 ** (len(cfg.ch_mult) - 1) != cfg.downsample:
-            raise UserError(f"--ch_mult={','.join(map(str, cfg.ch_mult))} downsamples by {2 ** (len(cfg.ch_mult) - 1)}, but --downsample={cfg.downsample}")
-    try:
-        tokenizer = Tokenizer(**arch)
-    except ValueError as error:          # of channels that groups or heads do not divide
-        raise UserError(f"no network has these widths: {error}")
-    tokenizer.check_size(cfg.image_size, cfg.image_size)
-    if tokenizer.vfm is not None:
-        tokenizer.vfm, vfm = vfm, None   # the loss reads the encoder's own features
-    return tokenizer, vfm
-
-
-def select_parameters(tokenizer, trains):
-    """Marks what a stage trains ("encoder", "adapter", "decoder", "high": the decoder's three finest blocks); the rest is frozen -> groups."""
-    tokenizer.requires_grad_(False)
-    decoder = tokenizer.decoder
-    modules = dict(encoder=[tokenizer.vfm], adapter=[tokenizer.adapter, tokenizer.vf_proj], decoder=[decoder],
-                   high=decoder.blocks[-3:] if hasattr(decoder, "blocks") else [*decoder.up[:3], decoder.norm_out, decoder.conv_out])
-    groups = {}
-    for name in trains.split():
-        groups[name] = [p for module in modules[name] if module is not None for p in module.requires_grad_(True).parameters()]
-    return groups
-
-
-def average_gradients(parameters, world):
-    """One all-reduce of all gradients. Not DistributedDataParallel: the adaptive loss weights walk one graph in several backward passes."""
-    if world.size > 1:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = world.mean(torch._utils._flatten_dense_tensors(grads))
-        torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
-
-
-def load_moments(optimizer, saved):
-    """Adam's state, with this run's rates, each moment in its parameter's memory layout, which the fused kernel insists on."""
-    optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["state"]))
-    for p, state in optimizer.state.items():
-        state.update({key: torch.empty_like(p).copy_(state[key]) for key in ("exp_avg", "exp_avg_sq")})
-
-
-def norm_of(tensors):
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-
-
-def average_weights(averages, module, images, batch, half_kimg):
-    """Moves the averages {name: tensor} of the weights that are being trained towards them; half-life in thousands of images, at most 5% of those seen."""
-    live = dict(module.named_parameters())
-    names = [name for name in averages if live[name].requires_grad]
-    decay = 0.5 ** (batch / max(1e-3, min(half_kimg * 1000, 0.05 * images)))
-    torch._foreach_lerp_([averages[name] for name in names], [live[name].detach() for name in names], 1 - decay)
-
-
 class Trainer:
-    """The two networks' losses for one batch: what `train` and align.py's joint training share.
+    """The networks of one tokenizer's training and their losses, shared by `train` and align.py's joint training."""
 
-    The graph is cut at the latent and at the images, and the gradients are handed over by hand: losses on images are walked back once to
-    the images, LDM's adaptive weight costs its last layer alone, and the VF loss's, if there is a GAN, one walk more through the decoder (its
-    activations; compiled, the whole of it).
-    """
+    def objective(self, images, images_seen=0):
+        """The loss of images [B, 3, H, W] in plain form; `generator_step` computes its gradients."""
+        stage, tok = self.stage, self.tokenizer
+        mean, logvar, features = self.encode(images)
+        z = self.draw_latent(mean, logvar)
+        outputs = self.decode(z, images_seen)
+        reconstruction, _ = self.reconstruction_loss(outputs, images)  # L1, LPIPS, SSIM, multi-resolution
+        loss = reconstruction + stage.kl * kl_loss(mean, logvar)
+        if stage.preserve:
+            loss = loss + self.preserve_weight(images) * F.mse_loss(mean, self.anchor_mean(images))
+        if stage.vf:
+            vf = vf_loss(tok.vf_proj(z), features[-1], *stage.vf_margins)
+            loss = loss + stage.vf * loss_ratio(reconstruction, vf, tok.adapter.last_weight()).clamp(max=1e8) * vf
+        if self.gan and images_seen >= self.gan_start:
+            gan, _ = self.adversarial_loss(outputs[-1], images)
+            if stage.gan_adaptive:
+                gan = loss_ratio(reconstruction, gan / stage.patch, tok.decoder.last_weight()).clamp(max=1e4) * gan
+            loss = loss + gan
+        return loss
 
     def __init__(self, cfg, tokenizer, world, vfm=None, length_scale=1.0, pretrained=True):
-        self.cfg, self.tokenizer, self.world, self.target_vfm = cfg, tokenizer, world, vfm
-        self.perceptual_net = None
-        if any(stage.lpips for stage in STAGES[cfg.method]) and cfg.lpips_scale:
-            lpips = cfg.perceptual == "lpips"
-            net = LPIPS(cfg.lpips_weights if pretrained else None) if lpips else FeatureDistance(load_vfm(cfg.perceptual, cfg.out, pretrained))
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.world = world
+        self.target_vfm = vfm  # of the VF loss, where the encoder is none
+        self.length_scale = length_scale
+        self.pretrained = pretrained
+        self.stage = self.anchor = self.gan = self.perceptual_net = None
+        if any(stage.lpips for stage in stages_of(cfg)):
+            if cfg.perceptual == "lpips":
+                net = LPIPS(cfg.lpips_weights if pretrained else None)
+            else:
+                net = FeatureDistance(load_vfm(cfg.perceptual, cfg.cache, pretrained))
             self.perceptual_net = net.to(world.device, memory_format=world.layout)
-        self.pretrained, self.anchor, self.gan, self.length_scale = pretrained, None, None, length_scale
-        self.stamp = lambda part: None   # `bench` puts a stopwatch here
         torch.backends.cudnn.benchmark = True
         if cfg.compile:
-            torch._dynamo.config.cache_size_limit = 64           # sizes x scales x stages
-            torch._functorch.config.donated_buffer = False       # the decoder's graph may be walked twice
-            for module in (tokenizer.vfm, vfm, self.perceptual_net):
+            torch._dynamo.config.cache_size_limit = 64  # sizes x scales x stages
+            torch._functorch.config.donated_buffer = False  # the decoder's graph may be walked twice
+            for module in (tokenizer.vfm, vfm, self.perceptual_net, *getattr(tokenizer.adapter, "levels", ())):
                 if module is not None:
                     module.compile(dynamic=False)
-            for module in (tokenizer.adapter, tokenizer.decoder):        # all but the last layers, at which gradients are compared
+            for module in (tokenizer.adapter, tokenizer.decoder):  # without the layers at which gradients are compared
                 if hasattr(module, "body"):
                     module.body = torch.compile(module.body, dynamic=False)
-            for level in getattr(tokenizer.adapter, "levels", ()):
-                level.compile(dynamic=False)
 
     def start_stage(self, stage):
         """Freezes and unfreezes, makes the discriminators and both optimizers."""
-        cfg, device, stages = self.cfg, self.world.device, STAGES[self.cfg.method]
+        cfg, device = self.cfg, self.world.device
         self.stage = stage
-        reached = stages[:[s.name for s in stages].index(stage.name) + 1]        # a VFM that has been trained is no longer the perceptual distance's
-        self.shares = (isinstance(self.perceptual_net, FeatureDistance) and (cfg.perceptual, 1) == vfm_of(cfg)
-                       and not any("encoder" in s.trains for s in reached))
+        self.multires_end = stage.multires_kimg * 1000 * self.length_scale if stage.multires else 0  # images
+        self.gan_start = stage.gan_start_kimg * 1000 * self.length_scale
         groups = select_parameters(self.tokenizer, stage.trains)
         self.parameters = [p for group in groups.values() for p in group]
-        adam = functools.partial(torch.optim.Adam, betas=(stage.betas[0] if cfg.beta1 < 0 else cfg.beta1, stage.betas[1]), fused=device.type == "cuda")
-        lr = stage.lr * cfg.lr_scale * (cfg.ldm_lr if isinstance(self.tokenizer.adapter, LDMEncoder) or isinstance(self.tokenizer.decoder, LDMDecoder) else 1)
-        self.optimizer = adam([dict(params=group, lr=lr * (cfg.encoder_lr if name == "encoder" else 1)) for name, group in groups.items()])
-        previous, self.gan, self.gan_optimizer = self.gan, None, None
-        if cfg.gan_scale and (stage.dino or stage.patch or stage.multi):
-            vit = load_vfm(cfg.disc_vfm, cfg.out, self.pretrained) if stage.dino else None
+        adam = functools.partial(torch.optim.Adam, lr=stage.lr, betas=stage.betas, fused=device.type == "cuda")
+        rates = dict(encoder=stage.encoder_lr)
+        self.optimizer = adam([dict(params=group, lr=rates.get(name, stage.lr)) for name, group in groups.items()])
+
+        previous = self.gan
+        self.gan = self.gan_optimizer = None
+        if stage.dino or stage.patch or stage.multi:
+            vit = load_vfm(cfg.disc_vfm, cfg.cache, self.pretrained) if stage.dino else None
             self.gan = GAN(stage, vit, cfg.ndf, cfg.image_size).to(device, memory_format=self.world.layout)
             if self.world.size > 1 and device.type == "cuda":
                 self.gan = nn.SyncBatchNorm.convert_sync_batchnorm(self.gan)
-            if previous is not None:     # the discriminators that the stages share go on
+            if previous is not None:  # the discriminators that the stages share go on
                 self.gan.load_state_dict(previous.state_dict(), strict=False)
             self.gan_parameters = [p for p in self.gan.parameters() if p.requires_grad]
-            self.gan_optimizer = adam(self.gan_parameters, lr=lr)
-        self.anchor = self.anchor if stage.preserve else None
-        if stage.preserve and self.anchor is None:      # the frozen stage-1 encoder of AlignTok's semantic preservation loss
-            self.anchor = copy.deepcopy(nn.ModuleDict(dict(vfm=self.tokenizer.vfm, adapter=self.tokenizer.adapter))).requires_grad_(False)
+            self.gan_optimizer = adam(self.gan_parameters)
+            if stage.dino and cfg.compile:
+                self.gan.dino.vit.compile(dynamic=False)
+        if not stage.preserve:
+            self.anchor = None
+        elif self.anchor is None:  # the frozen stage-1 encoder of AlignTok's semantic preservation loss
+            without_decoder = {id(self.tokenizer.decoder): None}
+            self.anchor = copy.deepcopy(self.tokenizer, without_decoder).requires_grad_(False)
             if cfg.compile:
-                self.anchor["vfm"].compile(dynamic=False)
-        if self.gan and stage.dino and cfg.compile:
-            self.gan.dino.vit.compile(dynamic=False)
+                self.anchor.vfm.compile(dynamic=False)
 
     def adopt(self, averages):
         """At a stage's beginning: what it freezes, and AlignTok's anchor, become what is saved, the averages."""
-        frozen = {name: averages[name] for name, p in self.tokenizer.named_parameters() if name in averages and not p.requires_grad}
-        self.tokenizer.load_state_dict(frozen, strict=False)
+        frozen = [name for name, p in self.tokenizer.named_parameters() if name in averages and not p.requires_grad]
+        self.tokenizer.load_state_dict({name: averages[name] for name in frozen}, strict=False)
         if self.anchor:
-            self.anchor.load_state_dict({name: averages[name] for name, _ in self.anchor.named_parameters()}, strict=False)
+            names = [name for name, _ in self.anchor.named_parameters()]
+            self.anchor.load_state_dict({name: averages[name] for name in names}, strict=False)
+
+    def state_dict(self):
+        """What a checkpoint keeps of training; see `load_state_dict`."""
+        parts = dict(model=self.tokenizer, optimizer=self.optimizer, gan=self.gan, gan_optimizer=self.gan_optimizer,
+                     anchor=self.anchor)
+        return {name: part and part.state_dict() for name, part in parts.items()}
+
+    def load_state_dict(self, entries, same_stage=True):
+        """After `start_stage`, from a checkpoint's entries; the model is loaded by whoever builds it."""
+        if self.anchor and entries["anchor"]:
+            self.anchor.load_state_dict(entries["anchor"])
+        if self.gan and entries["gan"]:
+            self.gan.load_state_dict(entries["gan"], strict=False)
+        if same_stage:
+            load_moments(self.optimizer, entries["optimizer"])
+            if self.gan:
+                load_moments(self.gan_optimizer, entries["gan_optimizer"])
 
     def set_lr(self, progress):
-        """The stage's learning rates, cooling down over the last share of the whole run, of which `progress` (0 to 1) is behind."""
+        """The stage's learning rates, cooled down at the end; `progress` (0 to 1): of the whole run."""
         factor = min(1, (1 - progress) / self.cfg.cooldown) if self.cfg.cooldown else 1
         for optimizer in filter(None, (self.optimizer, self.gan_optimizer)):
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
     def encode(self, images):
-        """-> mean, logvar, VFM features, the last of which the VF loss reads (None for the plain VAE). The VFM runs once: what the perceptual
-        distance needs of the same network is kept in `shared`. What is frozen leaves no graph."""
-        tok, self.shared = self.tokenizer, None
-        vfm, scale, layers = (self.target_vfm, vfm_of(self.cfg)[1], (-1,)) if tok.vfm is None else (tok.vfm, tok.scale_factor, tok.layers)
+        """-> mean, logvar [B, C, h, w], and the VFM's levels, whose last the VF loss reads (None for the plain VAE)."""
+        tok = self.tokenizer
         features = None
         with self.world.autocast():
-            if vfm is not None:
-                more = self.perceptual_net.layers if self.shares else ()
-                features = vfm(vfm.resize(images, scale=scale), (*layers, *more))
-                features, self.shared = features[:len(layers)], features[len(layers):] or None
-            moments = tok.moments(images if tok.vfm is None else features, *images.shape[-2:]).float()
+            if tok.vfm is not None:
+                features = tok.features(images)
+            elif self.target_vfm is not None:
+                features = self.target_vfm(self.target_vfm.resize(images, scale=vfm_of(self.cfg)[1]))
+            moments = tok.moments(features if tok.vfm else images, *images.shape[-2:]).float()
         mean, logvar = moments.chunk(2, 1)
         return mean, logvar.clamp(-30, 20), features
 
-    def latent_losses(self, images, z, mean, logvar, features):
-        """The weighted KL and preservation losses, and the unweighted VF loss: those that reach the encoder without the decoder."""
-        stage, zero = self.stage, mean.new_zeros(())
-        values, fixed, vf = {}, zero, None
+    def decode(self, z, images_seen):
+        """-> list of images, coarse to fine while the multi-resolution loss is on, else the finest alone."""
+        scales = images_seen < self.multires_end
+        with self.world.autocast():
+            outputs = self.tokenizer.decoder(z, scales=scales)
+        return outputs if scales else [outputs]
+
+    def draw_latent(self, mean, logvar):
+        return mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if self.stage.sample else mean
+
+    def anchor_mean(self, images):
+        """The latents [B, C, h, w] of AlignTok's frozen first-stage encoder."""
+        with self.world.autocast():
+            moments = self.anchor.moments(self.anchor.features(images), *images.shape[-2:])
+        return moments.float().chunk(2, 1)[0]
+
+    def preserve_weight(self, images):
+        return self.stage.preserve * (images[0].numel() if self.stage.summed else 1)
+
+    def latent_losses(self, images, labels, z, mean, logvar, features, whole):
+        """Losses that reach the encoder without the decoder -> values, weighted KL and preservation, unweighted VF loss
+        or None. `images` as encoded; `whole` as read, with `labels`: for joint training's diffusion model."""
+        stage = self.stage
+        values = {}
+        fixed = mean.new_zeros(())
+        vf = None
         if stage.kl:
             values["kl"] = kl_loss(mean, logvar)
             fixed = fixed + stage.kl * values["kl"]
         if stage.preserve:
-            with self.world.autocast():
-                vfm, tok = self.anchor["vfm"], self.tokenizer
-                anchor = self.anchor["adapter"](vfm(vfm.resize(images, scale=tok.scale_factor), tok.layers), mean.shape[-2:]).float().chunk(2, 1)[0]
-            values["preserve"] = F.mse_loss(mean, anchor)
-            scale = images[0].numel() if stage.summed else 1
-            fixed = fixed + stage.preserve * self.cfg.preserve_scale * scale * values["preserve"]
-        if stage.vf and self.cfg.vf_scale and "adapter" in stage.trains:
+            values["preserve"] = F.mse_loss(mean, self.anchor_mean(images))
+            fixed = fixed + self.preserve_weight(images) * values["preserve"]
+        if stage.vf:
             with self.world.autocast():
                 projected = self.tokenizer.vf_proj(z)
             values["vf"] = vf = vf_loss(projected, features[-1], *stage.vf_margins)
         return values, fixed, vf
 
-    def reconstruction_loss(self, outputs, target, shared=None):
-        """The weighted sum of pixel, perceptual, SSIM and multi-resolution terms, on all the decoder's scales -> (loss, parts).
-        shared: the target's features of the perceptual network, if `encode` has them."""
+    def reconstruction_loss(self, outputs, target):
+        """The weighted pixel, perceptual, SSIM and multi-resolution terms of the decoder's scales -> (loss, values)."""
         stage, fake = self.stage, outputs[-1]
         scale = target[0].numel() if stage.summed else 1
-        values, loss = {}, fake.new_zeros((), requires_grad=True)
+        values = {}
+        loss = fake.new_zeros((), requires_grad=True)
         if stage.l1:
             values["l1"] = F.l1_loss(fake, target)
             loss = loss + stage.l1 * scale * values["l1"]
-        if stage.lpips and self.perceptual_net is not None:
+        if stage.lpips:
             with self.world.autocast():
-                values["lpips"] = self.perceptual_net(fake, target, *([shared] if shared else [])).mean()
-            loss = loss + stage.lpips * self.cfg.lpips_scale * scale * values["lpips"]
+                values["lpips"] = self.perceptual_net(fake, target).mean()
+            loss = loss + stage.lpips * scale * values["lpips"]
         if stage.ssim:
             values["ssim"] = 1 - ssim(fake.clamp(-1, 1), target, data_range=2).mean()
             loss = loss + stage.ssim * values["ssim"]
         if len(outputs) > 1:
             mode = self.tokenizer.vfm.interpolation if self.tokenizer.vfm else "bilinear"
-            resize = lambda size: F.interpolate(target, size, mode=mode, antialias=True, align_corners=False)
-            values["multires"] = sum(F.l1_loss(small, resize(small.shape[-2:])) for small in outputs[:-1])
+            values["multires"] = 0
+            for small in outputs[:-1]:
+                resized = F.interpolate(target, small.shape[-2:], mode=mode, antialias=True, align_corners=False)
+                values["multires"] = values["multires"] + F.l1_loss(small, resized)
             loss = loss + stage.multires * values["multires"]
         return loss, values
 
-    def generator_step(self, images, step, images_seen, share=1.0):
-        """Accumulates the tokenizer's gradients for one (micro-)batch -> (losses, fake, target)."""
-        stage, tok, cfg = self.stage, self.tokenizer, self.cfg
+    def adversarial_loss(self, fake, target):
+        """The weighted sum of what the discriminators say of fakes -> (loss, values)."""
+        self.gan.requires_grad_(False)
+        with self.world.autocast():
+            values = self.gan.generator_loss(fake, target)
+        return sum(getattr(self.stage, name) * value for name, value in values.items()), values
+
+    def generator_step(self, images, labels, step, images_seen, share=1.0):
+        """Accumulates `share` times the objective's gradients on one (micro-)batch -> (losses, fake, target).
+
+        The graph is cut at the latent and at the images, and gradients are handed over by hand: losses on images are
+        walked back once, LDM's adaptive weight costs its last layer alone, and the VF loss's, if there is a GAN, one
+        walk more through the decoder's activations."""
+        stage, tok = self.stage, self.tokenizer
         kind, scale, turns = None, 1.0, 0
-        if stage.equivariance and cfg.equivariance:
-            kind, scale, turns = draw_equivariance(cfg.seed, step, cfg.image_size // tok.downsample, tok.decoder.granularity)
-        shrink = lambda x, s: x if s == 1 else F.interpolate(x, [round(side * s) for side in x.shape[-2:]], mode="bilinear", antialias=True, align_corners=False)
+        if stage.equivariance:
+            grid = images.shape[-1] // tok.downsample
+            kind, scale, turns = draw_equivariance(self.cfg.seed, step, grid, tok.decoder.granularity)
+        whole = images
         if kind == "image":
             images = shrink(images, scale)
         mean, logvar, features = self.encode(images)
-        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if stage.sample else mean
-        target, moved = images, z
-        if kind == "latent":
-            target = torch.rot90(shrink(images, scale), turns, (2, 3)).contiguous()      # one layout, whatever the turn: compiled once
-            moved = z if scale == 1 else F.interpolate(z, [round(side * scale) for side in z.shape[-2:]], mode="bilinear", align_corners=False)
-            moved = torch.rot90(moved, turns, (2, 3)).contiguous(memory_format=torch.channels_last)
-        self.stamp("encoder")
-        cut = moved.detach().requires_grad_(z.requires_grad)
-        scales = bool(stage.multires) and images_seen < stage.multires_kimg * 1000 * self.length_scale
-        with self.world.autocast():
-            outputs = tok.decoder(cut, scales=scales)
-        outputs = outputs if scales else [outputs]
-        self.stamp("decoder")
+        z = moved = self.draw_latent(mean, logvar)
+        target = images
+        if kind == "latent":  # one memory layout, whatever the turn: compiled once
+            target = torch.rot90(shrink(images, scale), turns, (2, 3)).contiguous()
+            moved = torch.rot90(shrink(z, scale, antialias=False), turns, (2, 3))
+            moved = moved.contiguous(memory_format=torch.channels_last)
+        latent = moved.detach().requires_grad_(z.requires_grad)
+        outputs = self.decode(latent, images_seen)
+
+        # gradients at the images
         leaves = [output.detach().float().requires_grad_() for output in outputs]
-        fake = leaves[-1]
-        reconstruction, values = self.reconstruction_loss(leaves, target, self.shared if target is images else None)
-        grads = list(torch.autograd.grad(reconstruction, leaves, materialize_grads=True))        # zeros, where no loss looks
-        self.stamp("reconstruction losses")
+        reconstruction, values = self.reconstruction_loss(leaves, target)
+        grads = list(torch.autograd.grad(reconstruction, leaves, materialize_grads=True))  # zeros, where no loss looks
         adversarial = None
-        if self.gan is not None and images_seen >= stage.gan_start_kimg * 1000 * self.length_scale:
-            self.gan.requires_grad_(False)
-            with self.world.autocast():
-                parts = self.gan.generator_loss(fake, target)
+        if self.gan and images_seen >= self.gan_start:
+            loss, parts = self.adversarial_loss(leaves[-1], target)
             values.update(parts)
-            adversarial, = torch.autograd.grad(cfg.gan_scale * sum(getattr(stage, name) * value for name, value in parts.items()), fake)
-            if stage.gan_adaptive:       # LDM: the ratio of both gradients at the decoder's last layer
-                last = tok.decoder.last_weight()
-                at = lambda grad: torch.autograd.grad(outputs[-1], last, grad.to(outputs[-1].dtype), retain_graph=True)[0].float().norm()
-                values["gan_weight"] = (at(grads[-1]) / (at(adversarial) / (cfg.gan_scale * stage.patch) + 1e-4)).clamp(0, 1e4)
+            adversarial, = torch.autograd.grad(loss, leaves[-1])
+            if stage.gan_adaptive:
+                last, at = tok.decoder.last_weight(), []
+                for grad in (grads[-1], adversarial / stage.patch):
+                    grad = grad.to(outputs[-1].dtype)
+                    at += torch.autograd.grad(outputs[-1], last, grad, retain_graph=True)
+                values["gan_weight"] = gradient_ratio(*at).clamp(max=1e4)
                 adversarial = adversarial * values["gan_weight"]
-        self.stamp("adversarial losses")
-        latent_values, fixed, vf = self.latent_losses(images, z, mean, logvar, features)
-        values.update(latent_values)
-        self.stamp("latent losses")
-        give = lambda grads: [(grad * share).to(output.dtype) for output, grad in zip(outputs, grads)]
-        total = grads if adversarial is None else [*grads[:-1], grads[-1] + adversarial]
-        if cut.requires_grad and vf is not None:
-            # the reconstruction's own gradient at the latent: a walk through the activations, needed only where the GAN's is mixed in
-            apart = None if adversarial is None else torch.autograd.grad(outputs, cut, give(grads), retain_graph=True)[0]
-            torch.autograd.backward(outputs, give(total))
+        losses, fixed, vf = self.latent_losses(images, labels, z, mean, logvar, features, whole)
+        values.update(losses)
+
+        # gradients at the latent
+        def handed(grads):
+            return [(grad * share).to(output.dtype) for output, grad in zip(outputs, grads)]
+
+        apart = None
+        if vf is not None and adversarial is not None:  # the VF loss is weighed against the reconstruction alone
+            apart, = torch.autograd.grad(outputs, latent, handed(grads), retain_graph=True)
+        if adversarial is not None:
+            grads[-1] = grads[-1] + adversarial
+        torch.autograd.backward(outputs, handed(grads))
+
+        # gradients at the encoder
+        if vf is not None:
             last = tok.adapter.last_weight()
-            reach = torch.autograd.grad(moved, last, (cut.grad if apart is None else apart) / share, retain_graph=True)[0].norm()
-            values["vf_weight"] = (reach / (torch.autograd.grad(vf, last, retain_graph=True)[0].norm() + 1e-4)).clamp(0, 1e8) * stage.vf * cfg.vf_scale
-            fixed = fixed + values["vf_weight"].detach() * vf
-        else:
-            torch.autograd.backward(outputs, give(total))
-        if cut.requires_grad:
-            ((moved * cut.grad).sum() + share * fixed).backward()                # of the first, cut.grad is the gradient
-        self.stamp("backward")
-        return {key: value.detach() for key, value in values.items()}, fake.detach(), target
+            apart = latent.grad if apart is None else apart
+            reach, = torch.autograd.grad(moved, last, apart / share, retain_graph=True)
+            own, = torch.autograd.grad(vf, last, retain_graph=True)
+            values["vf_weight"] = stage.vf * gradient_ratio(reach, own).clamp(max=1e8)
+            fixed = fixed + values["vf_weight"] * vf
+        if latent.requires_grad:
+            ((moved * latent.grad).sum() + share * fixed).backward()  # of the first, latent.grad is the gradient
+        return {name: value.detach() for name, value in values.items()}, leaves[-1].detach(), target
 
     def discriminator_step(self, fake, target, share=1.0):
         """Accumulates the discriminators' gradients -> loss."""
@@ -2140,176 +1214,65 @@ class Trainer:
         return loss.detach()
 
     def step(self, batches, step, images_seen):
-        """One optimizer step on both networks from the micro-batches of one global batch (uint8) -> losses of the last micro-batch."""
+        """One step of both optimizers on micro-batches (uint8 images, labels) -> losses of the last one."""
+        share = 1 / self.cfg.accumulate
         pairs = []
-        for images in batches:
-            images = to_float(images.to(self.world.device, non_blocking=True))
-            losses, fake, target = self.generator_step(images, step, images_seen, 1 / self.cfg.accumulate)
+        for images, labels in batches:
+            images = to_float(images.to(self.world.device, non_blocking=True))  # [b, 3, H, W]
+            losses, fake, target = self.generator_step(images, labels, step, images_seen, share)
             pairs.append((fake, target))
         average_gradients(self.parameters, self.world)
+        losses["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.step()
-        losses["grad_norm"] = norm_of([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.zero_grad(set_to_none=True)
-        self.stamp("optimizer")
-        if self.gan is not None and images_seen >= self.stage.gan_start_kimg * 1000 * self.length_scale:
+        if self.gan and images_seen >= self.gan_start:
             for fake, target in pairs:
-                losses["discriminator"] = self.discriminator_step(fake, target, 1 / self.cfg.accumulate)
+                losses["discriminator"] = self.discriminator_step(fake, target, share)
             average_gradients(self.gan_parameters, self.world)
             self.gan_optimizer.step()
             self.gan_optimizer.zero_grad(set_to_none=True)
-            self.stamp("discriminator")
         return losses
 
 
-def stage_plan(cfg):
-    """The stages with something to optimise under this configuration -> [(number, stage, first image, last image)], length scale."""
-    stages = [(i, stage) for i, stage in enumerate(STAGES[cfg.method], 1)
-              if stage.l1 or stage.lpips and cfg.lpips_scale or stage.ssim or cfg.gan_scale and (stage.dino or stage.patch or stage.multi)]
-    total, plan, start = sum(stage.kimg for _, stage in stages) * 1000, [], 0.0
-    scale = cfg.kimg * 1000 / total if cfg.kimg else 1.0
-    for i, stage in stages:
-        first, start = round(start / cfg.batch_size) * cfg.batch_size, start + stage.kimg * 1000 * scale
-        plan.append((i, stage, first, round(start / cfg.batch_size) * cfg.batch_size))
-    return plan, scale
+def select_parameters(tokenizer, trains):
+    """Marks what a stage trains, the rest is frozen -> {name: parameters}."""
+    tokenizer.requires_grad_(False)
+    decoder = tokenizer.decoder
+    if isinstance(decoder, VFMVAEDecoder):
+        high = decoder.blocks[-3:]
+    else:
+        high = [*decoder.up[:3], decoder.norm_out, decoder.conv_out]
+    parts = dict(encoder=[tokenizer.vfm], adapter=[tokenizer.adapter, tokenizer.vf_proj], decoder=[decoder], high=high)
+    groups = {}
+    for name in trains.split():
+        modules = nn.ModuleList(part for part in parts[name] if part is not None)
+        groups[name] = list(modules.requires_grad_(True).parameters())
+    return groups
 
 
-def describe(tokenizer):
-    """Parameter counts, one line."""
-    count = lambda *modules: sum(p.numel() for module in modules if module is not None for p in module.parameters()) / 1e6
-    return (f"parameters: VFM {count(tokenizer.vfm):.2f} M, {'adapter' if tokenizer.vfm else 'encoder'} {count(tokenizer.adapter, tokenizer.vf_proj):.2f} M, "
-            f"decoder {count(tokenizer.decoder):.2f} M")
+def average_gradients(parameters, world):
+    """One all-reduce. Not DistributedDataParallel: the losses walk one graph in several backward passes."""
+    if world.size > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = world.mean(torch._utils._flatten_dense_tensors(grads))
+        torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
 
 
-@torch.no_grad()
-def count_flops(cfg, tokenizer):
-    """{stage's name: FLOPs of one image's training step}: VFM, adapter, decoder, and for those that train twice as many backwards, at the sizes to
-    which the equivariance regularisation shrinks on average; losses and discriminators are left out."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def count(part, *inputs):
-        with FlopCounterMode(display=False) as counter:
-            output = part(*inputs)
-        return output, counter.get_total_flops()
-
-    size = cfg.image_size
-    features, vfm = count(tokenizer.features, torch.zeros(1, 3, size, size, device=next(tokenizer.parameters()).device))
-    moments, adapter = count(tokenizer.moments, features, size, size)
-    _, decoder = count(tokenizer.decode, moments.chunk(2, 1)[0])
-    draws = [draw_equivariance(cfg.seed, step, size // tokenizer.downsample, tokenizer.decoder.granularity) for step in range(1000)]
-    flops = {}
-    for stage in STAGES[cfg.method]:
-        kinds = draws if stage.equivariance and cfg.equivariance else [(None, 1.0, 0)]
-        encoded, decoded = np.mean([scale ** 2 if kind == "image" else 1.0 for kind, scale, _ in kinds]), np.mean([scale ** 2 for _, scale, _ in kinds])
-        passes = lambda part: 3 if part in stage.trains else 1
-        flops[stage.name] = float((vfm * passes("encoder") + adapter * passes("adapter")) * encoded + 3 * decoder * decoded)
-    return flops
+def load_moments(optimizer, saved):
+    """Adam's state, at this run's rates, each moment in its parameter's memory layout, as the fused kernel insists."""
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["state"]))
+    for p, state in optimizer.state.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.empty_like(p).copy_(state[key])
 
 
-def train(cfg, world):
-    """All of `tokenizer.py`: builds or resumes, then the stages in turn; writes out/tokenizer.pt, out/log.jsonl and pictures in out/grids."""
-    path = Path(cfg.out) / "tokenizer.pt"
-    plan, length_scale = stage_plan(cfg)
-    if cfg.stage and cfg.stage not in [number for number, *_ in plan]:
-        stages = ", ".join(f"{number} ({stage.name})" for number, stage, *_ in plan)
-        raise UserError(f"--stage={cfg.stage}: {cfg.method} has the stages {stages} with these weights")
-    end = plan[-1][3]
-    if not end:
-        raise UserError(f"--kimg={cfg.kimg:g} is less than one batch of {cfg.batch_size}")
-    plan = [row for row in plan if cfg.stage in (0, row[0])]
-    data = Images(cfg.data, "train", cfg.image_size, cfg.data_dir, cfg.download, cfg.crop, cfg.flip, cfg.out)
-    held_out = Images(cfg.data, "val", cfg.image_size, cfg.data_dir, cfg.download, cache=cfg.out)
-
-    torch.manual_seed(cfg.seed)
-    entries = load_checkpoint(path, "tokenizer") if cfg.resume and path.exists() else None
-    if entries:
-        fixed = ("method", "data", "image_size", "vfm", "scale_factor", "layers", "z_dim", "downsample", "level_dim", "decoder", "post_factor", "widths",
-                 "fuse_dims", "attention", "num_res_blocks", "w_dim", "ch", "ch_mult", "ldm_blocks", "ldm_attention", "groups", "batch_size", "seed", "kimg",
-                 "vf_scale", "gan_scale", "disc_vfm", "ndf")
-        changed = [f"{key}={entries['config'].get(key)}, now {getattr(cfg, key)}" for key in fixed if entries["config"].get(key) != getattr(cfg, key)]
-        if changed:
-            raise UserError(f"{path} was trained with {'; '.join(changed)}: choose another --out, or --resume=0 to start afresh")
-    tokenizer, vfm = build_tokenizer(cfg)
-    tokenizer = tokenizer.to(world.device, memory_format=world.layout)
-    vfm = vfm.to(world.device) if vfm else None
-    seen = 0
-    if entries:
-        load_state(tokenizer, entries["model"], str(path))
-        seen = entries["images"]
-    if seen < plan[0][2]:
-        raise UserError(f"stage {plan[0][0]} starts from the end of the one before, {plan[0][2]} images, but {path} "
-                        + (f"has seen {seen}" if entries else "does not exist" if cfg.resume else "is not read with --resume=0"))
-    if seen >= plan[-1][3]:
-        if world.rank == 0:
-            print(f"{path} is already trained ({seen} images); --resume=0 starts afresh")
-        tokenizer.load_state_dict(entries["ema"], strict=False)
-        return tokenizer
-    # before anything is compiled: dynamo skips what a dispatch mode has seen
-    flops = count_flops(cfg, tokenizer) if world.device.type == "cuda" else {}
-    trainer = Trainer(cfg, tokenizer, world, vfm, length_scale)
-    ema = {name: p.detach().clone() for name, p in tokenizer.named_parameters() if not name.startswith("vfm.") or cfg.method == "aligntok"}
-    if entries:
-        ema = {name: value.to(world.device) for name, value in entries["ema"].items()}
-    if world.rank == 0:
-        print(f"{cfg.method} on {len(data)} images of {cfg.data}, {cfg.image_size} px, latents {cfg.image_size // cfg.downsample}^2 x {cfg.z_dim}; "
-              f"{world.size} x {world.device.type}; {describe(tokenizer)}")
-        if entries:
-            print(f"resuming {path} at {seen} images")
-    log = Log(cfg.out, "tokenizer", world, plan[-1][3] // cfg.batch_size, seen // cfg.batch_size)
-    pictures = to_float(torch.stack([held_out[i][0] for i in range(min(16, len(held_out)))])).to(world.device)
-
-    def save(number, images):
-        if world.rank == 0:
-            save_checkpoint(path, kind="tokenizer", config=dataclasses.asdict(cfg), arch=tokenizer.arch, model=tokenizer.state_dict(), ema=ema, classes=data.classes,
-                            optimizer=trainer.optimizer.state_dict(), gan=trainer.gan and trainer.gan.state_dict(), stage=number, images=images,
-                            gan_optimizer=trainer.gan and trainer.gan_optimizer.state_dict(), anchor=trainer.anchor and trainer.anchor.state_dict())
-        world.barrier()
-
-    for number, stage, first, last in plan:
-        if seen >= last:
-            continue
-        seed_step(cfg.seed, -number)
-        trainer.start_stage(stage)
-        log.flops = flops.get(stage.name)
-        if seen == first:
-            trainer.adopt(ema)
-        if entries:
-            same = entries["stage"] == number
-            if same:
-                load_moments(trainer.optimizer, entries["optimizer"])
-            if trainer.anchor and entries["anchor"]:
-                trainer.anchor.load_state_dict(entries["anchor"])
-            if trainer.gan and entries["gan"]:
-                trainer.gan.load_state_dict(entries["gan"], strict=False)
-                if same:
-                    load_moments(trainer.gan_optimizer, entries["gan_optimizer"])
-            entries = None               # later stages begin as they would have
-        sampler = StepSampler(len(data), cfg.batch_size, cfg.seed, seen // cfg.batch_size, last // cfg.batch_size, world, cfg.accumulate)
-        batches = iter(make_loader(data, sampler, world, cfg.workers))
-        if world.rank == 0:
-            tqdm.write(f"stage {number}, {stage.name}: images {first} to {last}, trains {stage.trains}")
-        for step in range(seen // cfg.batch_size, last // cfg.batch_size):
-            seed_step(cfg.seed, step, world.rank)
-            trainer.set_lr(seen / end)
-            losses = trainer.step((next(batches)[0] for _ in range(cfg.accumulate)), step, seen)
-            seen += cfg.batch_size
-            average_weights(ema, tokenizer, seen, cfg.batch_size, cfg.ema_kimg)
-            log.bar.update()
-            saving = (step + 1) % cfg.save_interval == 0 or seen == last
-            if (step + 1) % cfg.log_interval == 0 or saving:
-                losses = {name: world.mean(value.to(world.device)) for name, value in losses.items()}
-                if not math.isfinite(losses["grad_norm"]):
-                    raise UserError(f"the gradients are not finite at step {step + 1}: try a lower --lr_scale; {path} is as it was")
-                log.write(step + 1, seen, epoch=seen / len(data), stage=number, lr=trainer.optimizer.param_groups[-1]["lr"], **losses)
-            if (step + 1) % cfg.grid_interval == 0 or seen == last:
-                if world.rank == 0:
-                    with torch.no_grad(), world.autocast(), use_weights(tokenizer, ema):
-                        decoded = tokenizer.decode(tokenizer.encode(pictures)[0])
-                    save_grid(torch.stack([pictures, decoded.float()], 1).flatten(0, 1), Path(cfg.out) / "grids" / f"tokenizer-{step + 1:07d}.png", 8)
-            if saving:
-                save(number, seen)
-    log.bar.close()
-    tokenizer.load_state_dict(ema, strict=False)
-    return tokenizer
+def average_weights(averages, module, images, batch, half_kimg):
+    """EMA: moves the averages {name: tensor} towards the weights that train; half-life at most 5% of the images
+    seen."""
+    live = dict(module.named_parameters())
+    names = [name for name in averages if live[name].requires_grad]
+    decay = 0.5 ** (batch / max(1e-3, min(half_kimg * 1000, 0.05 * images)))
+    torch._foreach_lerp_([averages[name] for name in names], [live[name].detach() for name in names], 1 - decay)
 
 
 @contextlib.contextmanager
@@ -2324,129 +1287,1564 @@ def use_weights(module, weights):
         module.load_state_dict(saved, strict=False)
 
 
+def stages_of(cfg):
+    return STAGES[cfg.recipe][cfg.method]
+
+
+def stage_plan(cfg):
+    """-> [(number, stage, first image, last image)], and the factor by which --kimg stretches the rows' lengths."""
+    stages = stages_of(cfg)
+    scale = cfg.kimg / sum(stage.kimg for stage in stages) if cfg.kimg else 1.0
+    plan = []
+    first = end = 0
+    for number, stage in enumerate(stages, 1):
+        end += stage.kimg * 1000 * scale
+        last = round(end / cfg.batch_size) * cfg.batch_size
+        plan.append((number, stage, first, last))
+        first = last
+    if not last:
+        raise UserError(f"--kimg={cfg.kimg:g} is less than one batch of {cfg.batch_size}")
+    return plan, scale
+
+
 @torch.no_grad()
-def evaluate(cfg, tokenizer, world):
-    """PSNR, SSIM, LPIPS where its weights are at hand, rFID (through fid.py) and latent equivariance over held-out images -> dictionary."""
-    import fid
-    data = Images(cfg.data, "val", cfg.image_size, cfg.data_dir, cfg.download, cache=cfg.out)
-    n, notes = min(cfg.eval_images, len(data)), [data.note] * bool(data.note)
-    if n < 2 * world.size:
-        raise UserError(f"{n} images are too few to evaluate on in {world.size} processes")
-    tokenizer = tokenizer.to(world.device).eval()
+def training_flops(cfg, tokenizer):
+    """{stage's name: FLOPs of one image's training step}, for what trains thrice the forward pass, at the sizes to
+    which equivariance shrinks on average; without losses and discriminators."""
+    size = cfg.image_size
 
-    def at_hand(load):
-        try:
-            return load().to(world.device)
-        except UserError as error:
-            notes.append(str(error))
+    def count(part, *inputs):
+        with FlopCounterMode(display=False) as counter:
+            output = part(*inputs)
+        return output, counter.get_total_flops()
 
-    lpips = at_hand(lambda: LPIPS(cfg.lpips_weights)) if cfg.perceptual == "lpips" or cfg.lpips_weights else None
-    extractor = at_hand(lambda: fid.load_features("toy" if cfg.data == "shapes" else "inception", cfg.out, world.device))
-    moves = dict(rotation=lambda x: torch.rot90(x, 1, (2, 3)), scaling=lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=x.shape[1] == 3))
-    sums, moments = {}, {}
+    features, vfm = count(tokenizer.features, torch.zeros(1, 3, size, size, device=next(tokenizer.parameters()).device))
+    moments, adapter = count(tokenizer.moments, features, size, size)
+    _, decoder = count(tokenizer.decode, moments.chunk(2, 1)[0])
+    grid = size // tokenizer.downsample
+    draws = [draw_equivariance(cfg.seed, step, grid, tokenizer.decoder.granularity) for step in range(1000)]
+    flops = {}
+    for stage in stages_of(cfg):
+        kinds = draws if stage.equivariance else [(None, 1.0, 0)]
+        encoded = np.mean([scale ** 2 if kind == "image" else 1.0 for kind, scale, _ in kinds])
+        decoded = np.mean([scale ** 2 for _, scale, _ in kinds])
+        encoder = vfm * (3 if "encoder" in stage.trains else 1) + adapter * (3 if "adapter" in stage.trains else 1)
+        flops[stage.name] = float(encoder * encoded + 3 * decoder * decoded)
+    return flops
 
-    def add(name, values):
-        sums[name] = sums.get(name, 0) + torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
 
-    mine = torch.arange(world.rank, n, world.size).split(min(cfg.batch_size, 32))
-    with fid.full_float32():
-        for images, _ in tqdm(make_loader(data, [part.tolist() for part in mine], world, cfg.workers), desc="evaluating", disable=world.rank > 0):
-            images = to_float(images.to(world.device))
-            mean = tokenizer.encode(images)[0]
-            decoded = to_float(to_uint8(tokenizer.decode(mean)))         # as it would be saved
-            for name, metric in (("PSNR (dB)", psnr), ("SSIM", ssim), ("LPIPS", lpips)):
-                if metric is not None:
-                    add(name, metric(images, decoded))
-            for key, batch in (("real", images), ("decoded", decoded)):
-                if extractor is not None:
-                    features = extractor(to_uint8(batch))[0]
-                    if key not in moments:
-                        moments[key] = fid.Moments(features.shape[1], world.device)
-                    moments[key].update(features)
-            for name, move in moves.items():                            # |encode(T x) - T encode(x)| / |T encode(x)|
-                with contextlib.suppress(UserError):                    # half the size may not fit this tokenizer
-                    ours, theirs = tokenizer.encode(move(images))[0], move(mean)
-                    add(f"equivariance error, {name}", (ours - theirs).flatten(1).norm(dim=1) / theirs.flatten(1).norm(dim=1))
-    result = {}
-    for name, pair in sums.items():
-        total, count = fid.total(world, pair).tolist()
-        result[name] = total / count
-    if moments:
-        for part in moments.values():
-            part.reduce(world)
-        name = "rFID" if extractor.name == "inception" else f"rFD ({extractor.name})"
-        result[name] = fid.frechet_distance(*moments["real"].statistics(), *moments["decoded"].statistics())
+def train(cfg, world):
+    """Builds or resumes, then the stages in turn -> the Tokenizer with averaged weights; writes OUT/tokenizer.pt,
+    OUT/log.jsonl, pictures in OUT/grids."""
+    path = Path(cfg.out) / "tokenizer.pt"
+    plan, length_scale = stage_plan(cfg)
+    end = plan[-1][3]
+    if cfg.stage > len(plan):
+        raise UserError(f"--stage={cfg.stage}: {cfg.method} has {', '.join(stage.name for stage in stages_of(cfg))}")
+    plan = [row for row in plan if cfg.stage in (0, row[0])]
+    data = open_data(cfg, "train", cfg.image_size, cfg.crop, cfg.flip)
+    held_out = open_data(cfg, "val", cfg.image_size)
+
+    # the tokenizer, resumed if there is a checkpoint of the same run
+    torch.manual_seed(cfg.seed)
+    tokenizer, vfm = build_tokenizer(cfg)
+    tokenizer = tokenizer.to(world.device, memory_format=world.layout)
+    vfm = vfm.to(world.device) if vfm else None
+    entries = load_checkpoint(path, "tokenizer") if cfg.resume and path.exists() else None
+    seen = 0
+    if entries:
+        keys = ("method", "recipe", "data", "batch_size", "seed", "kimg", "vfm", "disc_vfm", "ndf")
+        now = {**{key: getattr(cfg, key) for key in keys}, **tokenizer.arch}
+        then = {**entries["config"], **entries["arch"]}
+        changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
+        if changed:
+            raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
+        load_state(tokenizer, entries["model"], str(path))
+        seen = entries["images"]
+    if seen < plan[0][2]:
+        raise UserError(f"stage {plan[0][0]} starts from image {plan[0][2]}; {path} has seen {seen}, or is not read")
+    if seen >= plan[-1][3]:
+        if world.rank == 0:
+            print(f"{path} is already trained ({seen} images); --resume=0 starts afresh")
+        tokenizer.load_state_dict(entries["ema"], strict=False)
+        return tokenizer
+    # before anything is compiled: dynamo skips what a dispatch mode has seen
+    flops = training_flops(cfg, tokenizer) if world.device.type == "cuda" else {}
+    trainer = Trainer(cfg, tokenizer, world, vfm, length_scale)
+    if entries:
+        ema = {name: value.to(world.device) for name, value in entries["ema"].items()}
+    else:
+        ema = {name: p.detach().clone() for name, p in tokenizer.named_parameters()
+               if cfg.method == "aligntok" or not name.startswith("vfm.")}
     if world.rank == 0:
-        print(f"{n} held-out images of {cfg.data}, {cfg.image_size} px")
-        print("\n".join([*(f"  {name:32s} {value:10.4f}" for name, value in result.items()), *(f"  note: {note}" for note in notes)]))
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        write_text(Path(cfg.out) / "eval.json", json.dumps(dict(images=n, **result), indent=1) + "\n")
-    return result
+        side = cfg.image_size // cfg.downsample
+        counts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
+                  for name, part in tokenizer.named_children()]
+        print(f"{cfg.method} on {len(data)} images of {cfg.data}, {cfg.image_size} px, latents {side} x {side} x "
+              f"{cfg.z_dim}; parameters: {', '.join(counts)}; {world.size} x {world.device.type}; from image {seen}")
+    log = Log(cfg.out, "tokenizer", world, plan[-1][3] // cfg.batch_size, seen // cfg.batch_size)
+    pictures = to_float(torch.stack([held_out[i][0] for i in range(min(16, len(held_out)))])).to(world.device)
+
+    def save(number, images):
+        if world.rank == 0:
+            save_checkpoint(path, kind="tokenizer", config=dataclasses.asdict(cfg), arch=tokenizer.arch, ema=ema,
+                            classes=data.classes, stage=number, images=images, **trainer.state_dict())
+        world.barrier()
+
+    def picture(step):
+        with torch.no_grad(), world.autocast(), use_weights(tokenizer, ema):
+            decoded = tokenizer.decode(tokenizer.encode(pictures)[0]).float()
+        pairs = torch.stack([pictures, decoded], 1).flatten(0, 1)
+        save_grid(pairs, Path(cfg.out) / "grids" / f"tokenizer-{step:07d}.png", 8)
+
+    for number, stage, first, last in plan:
+        if seen >= last:
+            continue
+        seed_step(cfg.seed, -number)
+        trainer.start_stage(stage)
+        log.flops = flops.get(stage.name)
+        if seen == first:
+            trainer.adopt(ema)
+        if entries:
+            trainer.load_state_dict(entries, same_stage=entries["stage"] == number)
+            entries = None               # later stages begin as they would have
+        steps = range(seen // cfg.batch_size, last // cfg.batch_size)
+        order = step_batches(len(data), cfg.batch_size, cfg.seed, steps.start, steps.stop, world, cfg.accumulate)
+        batches = iter(make_loader(data, order, world, cfg.workers))
+        if world.rank == 0:
+            tqdm.write(f"stage {number}, {stage.name}: images {first} to {last}, trains {stage.trains}")
+        for step in steps:
+            seed_step(cfg.seed, step, world.rank)
+            trainer.set_lr(seen / end)
+            losses = trainer.step((next(batches) for _ in range(cfg.accumulate)), step, seen)
+            seen += cfg.batch_size
+            average_weights(ema, tokenizer, seen, cfg.batch_size, cfg.ema_kimg)
+            log.bar.update()
+            saving = (step + 1) % cfg.save_interval == 0 or seen == last
+            if (step + 1) % cfg.log_interval == 0 or saving:
+                losses = {name: world.mean(value.to(world.device)) for name, value in losses.items()}
+                if not math.isfinite(losses["grad_norm"]):
+                    raise UserError(f"gradients are not finite at step {step + 1}; {path} is as it was")
+                lr = trainer.optimizer.param_groups[-1]["lr"]
+                log.write(step + 1, seen, epoch=seen / len(data), stage=number, lr=lr, **losses)
+            if world.rank == 0 and ((step + 1) % cfg.grid_interval == 0 or seen == last):
+                picture(step + 1)
+            if saving:
+                save(number, seen)
+    log.bar.close()
+    tokenizer.load_state_dict(ema, strict=False)
+    return tokenizer
 
 
 def bench(cfg, world):
     """Times `--bench` steps of each stage with random images and weights: nothing is fetched or written."""
     tokenizer, vfm = build_tokenizer(cfg, pretrained=False)
     tokenizer = tokenizer.to(world.device, memory_format=world.layout)
-    cuda, cfg = world.device.type == "cuda", dataclasses.replace(cfg, equivariance=False)
-    flops = count_flops(cfg, tokenizer)
+    flops = training_flops(cfg, tokenizer)
     trainer = Trainer(cfg, tokenizer, world, vfm and vfm.to(world.device), pretrained=False)
-    say = functools.partial(print, flush=True) if world.rank == 0 else lambda line: None
-    say(f"{cfg.method}, {cfg.image_size} px, {world.size} x {torch.cuda.get_device_name() if cuda else 'cpu'}, batch {cfg.batch_size}; {describe(tokenizer)}")
     shape = cfg.batch_size // world.size // cfg.accumulate, 3, cfg.image_size, cfg.image_size
-    batches = [torch.randint(0, 256, shape, dtype=torch.uint8).to(world.device)] * cfg.accumulate
+    images = torch.randint(0, 256, shape, dtype=torch.uint8).to(world.device)
+    batches = [(images, torch.zeros(len(images), dtype=torch.long))] * cfg.accumulate
+    for number, stage in enumerate(stages_of(cfg), 1):
+        if cfg.stage in (0, number):
+            trainer.start_stage(dataclasses.replace(stage, gan_start_kimg=0.0, equivariance=False))
+            title = f"{cfg.method}, {cfg.image_size} px, {stage.name}"
+            time_steps(title, lambda: trainer.step(batches, 0, 0), cfg.bench, cfg.batch_size, flops[stage.name], world)
+
+
+# -----------------------------------------------------------------------------
+# The autoencoder of latent diffusion (arXiv 2112.10752): AlignTok's decoder; both halves in the plain VAE and VA-VAE
+
+def ldm_norm(channels, groups):
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, d_in, d_out, groups):
+        super().__init__()
+        self.norm1 = ldm_norm(d_in, groups)
+        self.conv1 = nn.Conv2d(d_in, d_out, 3, padding=1)
+        self.norm2 = ldm_norm(d_out, groups)
+        self.conv2 = nn.Conv2d(d_out, d_out, 3, padding=1)
+        self.nin_shortcut = pointwise(d_in, d_out) if d_in != d_out else nn.Identity()
+
+    def forward(self, x):  # [B, d_in, h, w]
+        y = self.conv1(F.silu(self.norm1(x)))  # [B, d_out, h, w]
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+
+
+class AttnBlock(nn.Module):
+    """Self-attention over positions, one head."""
+
+    def __init__(self, dim, groups):
+        super().__init__()
+        self.norm = ldm_norm(dim, groups)
+        self.q = pointwise(dim, dim)
+        self.k = pointwise(dim, dim)
+        self.v = pointwise(dim, dim)
+        self.proj_out = pointwise(dim, dim)
+
+    def forward(self, x):  # [B, C, h, w]
+        y = self.norm(x)
+        q, k, v = (layer(y).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # [B, 1, h w, C]
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)  # [B, C, h w]
+        return x + self.proj_out(y.unflatten(2, x.shape[2:]))
+
+
+class Resample(nn.Module):
+    """Half the size by a strided 3x3 padded right and below, or twice by nearest neighbour and a 3x3."""
+
+    def __init__(self, dim, up):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1) if up else nn.Conv2d(dim, dim, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class LDMLevel(nn.Module):
+    """Residual blocks, each followed by self-attention if so; then downsample, upsample or neither."""
+
+    def __init__(self, d_in, d_out, blocks, groups, attention, resample):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(d_in if i == 0 else d_out, d_out, groups) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(d_out, groups) for _ in range(blocks if attention else 0))
+        self.resample = resample
+        if resample:
+            self.add_module(resample, Resample(d_out, resample == "upsample"))
+
+    def forward(self, x):
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        return getattr(self, self.resample)(x) if self.resample else x
+
+
+def ldm_middle(dim, groups):
+    return nn.Sequential(OrderedDict(block_1=ResBlock(dim, dim, groups), attn_1=AttnBlock(dim, groups),
+                                     block_2=ResBlock(dim, dim, groups)))
+
+
+class LDMEncoder(nn.Module):
+    """Images [B, 3, H, W] -> moments [B, 2 C, H/f, W/f], f = 2^(levels - 1)."""
+
+    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None,
+                 groups=32):
+        super().__init__()
+        z_channels = z_channels or z_dim
+        widths = [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            before = widths[i - 1] if i else ch
+            resample = "downsample" if i < len(widths) - 1 else ""
+            self.down.append(LDMLevel(before, width, num_res_blocks, groups, i in attn_levels, resample))
+        self.mid = ldm_middle(widths[-1], groups)
+        self.norm_out = ldm_norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
+        self.quant_conv = pointwise(2 * z_channels, 2 * z_dim)
+
+    def body(self, images):
+        x = self.conv_in(images)  # [B, ch, H, W]
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # [B, 2 z_channels, h, w]
+
+    def forward(self, images, grid=None):
+        return self.quant_conv(self.body(images))
+
+    def last_weight(self):
+        return self.quant_conv.weight
+
+
+class LDMDecoder(nn.Module):
+    """Latents [B, C, h, w] -> images [B, 3, h f, w f] (`scales=True`: as a list of one)."""
+    granularity = 1
+
+    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None,
+                 groups=32):
+        super().__init__()
+        z_channels = z_channels or z_dim
+        widths = [ch * m for m in ch_mult]
+        self.post_quant_conv = pointwise(z_dim, z_channels)
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = ldm_middle(widths[-1], groups)
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            before = widths[min(i + 1, len(widths) - 1)]
+            resample = "upsample" if i else ""
+            self.up.append(LDMLevel(before, width, num_res_blocks + 1, groups, i in attn_levels, resample))
+        self.norm_out = ldm_norm(widths[0], groups)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def body(self, z):
+        x = self.mid(self.conv_in(self.post_quant_conv(z)))  # [B, widths[-1], h, w]
+        for level in reversed(self.up):
+            x = level(x)
+        return F.silu(self.norm_out(x))  # [B, ch, H, W]
+
+    def forward(self, z, scales=False):
+        x = self.conv_out(self.body(z))
+        return [x] if scales else x
+
+    def last_weight(self):
+        return self.conv_out.weight
+
+
+# -----------------------------------------------------------------------------
+# Image metrics and discriminators
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of images in [-1, 1] -> [B]."""
+    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))
+
+
+def ssim(a, b, data_range=1):
+    """Structural similarity of images in [-1, 1] -> [B] (Wang et al. 2004): Gaussian window 11, sigma 1.5, no padding;
+    on [0, 1] as metrics do, or with data_range=2 on [-1, 1] as VFM-VAE's loss does: means matter."""
+    if data_range == 1:
+        a, b = a / 2 + 0.5, b / 2 + 0.5
+    channels = a.shape[1]
+    size = min(11, *a.shape[-2:])
+    row = torch.exp(-(torch.arange(size, device=a.device) - (size - 1) / 2).square() / (2 * 1.5 ** 2))
+    row = (row / row.sum()).expand(5 * channels, 1, 1, -1)
+    x = torch.cat([a, b, a * a, b * b, a * b], 1).float()  # [B, 5 C, H, W]
+    x = F.conv2d(F.conv2d(x, row, groups=5 * channels), row.transpose(2, 3), groups=5 * channels)
+    mean_a, mean_b, aa, bb, ab = x.split(channels, 1)
+    c1 = (0.01 * data_range) ** 2
+    c2 = (0.03 * data_range) ** 2
+    means = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
+    structure = (2 * (ab - mean_a * mean_b) + c2) / (aa - mean_a ** 2 + bb - mean_b ** 2 + c2)
+    return (means * structure).flatten(1).mean(1)
+
+
+LPIPS_URLS = ("https://download.pytorch.org/models/vgg16-397923af.pth",
+              "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
+
+
+class LPIPS(nn.Module):
+    """lpips(a, b) of images in [-1, 1] -> [B]: LPIPS v0.1 on VGG16 (arXiv 1801.03924). Gradients reach a alone.
+    `weights`: comma-separated files of torchvision's VGG16 (`features.*`) and the published linear layers
+    (`lin0.model.1.weight`, ...); empty: the public ones, fetched once; None: random."""
+    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # the ReLUs that are compared, their widths
+
+    def __init__(self, weights=""):
+        super().__init__()
+        vgg = torchvision.models.vgg
+        self.features = vgg.make_layers(vgg.cfgs["D"])[:30]
+        self.lins = nn.ParameterList(torch.rand(1, width, 1, 1) for width in self.TAPS.values())
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        if weights is not None:
+            state = {}
+            for file in weights.split(",") if weights else LPIPS_URLS:
+                state.update(load_weights(file))
+            state = {re.sub(r"^lin(\d)\.model\.1\.weight$", r"lins.\1", key): value for key, value in state.items()}
+            load_state(self, state, "LPIPS", ignore=(r"classifier\.", r"lin\d\.weight"))
+        self.requires_grad_(False).eval()
+
+    def maps(self, x):
+        x = (x - self.shift) / self.scale  # [B, 3, H, W]
+        maps = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.TAPS:
+                maps.append(F.normalize(x.float(), dim=1, eps=1e-10))
+        return maps
+
+    def forward(self, a, b):
+        with torch.no_grad():
+            targets = self.maps(b)
+        return sum(((x - y).square() * lin).sum(1).mean((1, 2)) for x, y, lin in zip(self.maps(a), targets, self.lins))
+
+
+class FeatureDistance(nn.Module):
+    """LPIPS's formula on a frozen ViT's tokens, averaged over its blocks: the toy's perceptual distance (ours)."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit
+        self.layers = tuple(range(1, vit.depth + 1))
+
+    def forward(self, a, b):
+        with torch.no_grad():
+            target = self.vit(b, self.layers)
+        distance = 0
+        for x, y in zip(self.vit(a, self.layers), target):  # [B, N, D]
+            difference = F.normalize(x.float(), dim=2) - F.normalize(y.float(), dim=2)
+            distance = distance + difference.square().sum(2).mean(1)  # [B]
+        return distance / len(target)
+
+
+class LocalBatchNorm(nn.Module):
+    """BatchNorm over virtual batches of 8 (if they fit) and positions (StyleGAN-T, arXiv 2301.09515)."""
+
+    def __init__(self, channels, virtual=8):
+        super().__init__()
+        self.virtual = virtual
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):  # [B, C, ...]
+        groups = len(x) // self.virtual if len(x) % self.virtual == 0 else 1
+        y = x.float().unflatten(0, (groups, -1))  # [G, samples, C, ...]
+        var, mean = torch.var_mean(y, [1, *range(3, y.dim())], correction=0, keepdim=True)
+        y = ((y - mean) * torch.rsqrt(var + 1e-5)).flatten(0, 1)
+        affine = (-1, *(1,) * (x.dim() - 2))
+        return torch.addcmul(self.bias.view(affine), y, self.weight.view(affine)).to(x.dtype)
+
+
+def diff_augment(x):
+    """DiffAugment (arXiv 2006.10738) of [B, 3, H, W]: colour, translation by 1/8, cutout of 1/5, per image."""
+    b, _, h, w = x.shape
+
+    def rand():
+        return torch.rand(b, 1, 1, 1, device=x.device)
+
+    x = x + rand() - 0.5  # brightness
+    x = torch.lerp(x.mean(1, keepdim=True), x, rand() * 2)  # saturation
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, rand() + 0.5)  # contrast
+    rows = torch.arange(h, device=x.device).view(1, 1, h, 1)
+    columns = torch.arange(w, device=x.device).view(1, 1, 1, w)
+    y_from = (rows + (rand() * (2 * (h // 8) + 1)).floor() - h // 8).long()  # [B, 1, H, 1]
+    x_from = (columns + (rand() * (2 * (w // 8) + 1)).floor() - w // 8).long()  # [B, 1, 1, W]
+    inside = (y_from >= 0) & (y_from < h) & (x_from >= 0) & (x_from < w)
+    source = y_from.clamp(0, h - 1) * w + x_from.clamp(0, w - 1)  # [B, 1, H, W]
+    x = x.flatten(2).gather(2, source.flatten(2).expand(-1, x.shape[1], -1)).view_as(x)
+    hole_y = (rows - (rand() * h).floor()).abs() * 2 < h // 5
+    hole_x = (columns - (rand() * w).floor()).abs() * 2 < w // 5
+    return x * (inside & ~(hole_y & hole_x))
+
+
+class ProjectedDiscriminator(nn.Module):
+    """Heads on a frozen ViT's tokens (DINO ViT-S/16; StyleGAN-T, section 3.2): logits [B, levels x N]."""
+
+    def __init__(self, vit):
+        super().__init__()
+        if vit.cls_token is None:
+            raise UserError("the projected discriminator needs a ViT with a class token: another --disc_vfm")
+        self.vit = vit
+        self.layers = tuple(range(0, vit.depth + 1, max(1, vit.depth // 4)))
+        self.heads = nn.ModuleList(self.make_head(vit.embed_dim) for _ in self.layers)
+
+    def make_head(self, dim):
+        def conv(d_out, kernel):
+            mode = "circular" if kernel > 1 else "zeros"
+            layer = nn.Conv1d(dim, d_out, kernel, padding=kernel // 2, padding_mode=mode)
+            return torch.nn.utils.parametrizations.spectral_norm(layer)
+
+        def block(kernel):
+            return nn.Sequential(conv(dim, kernel), LocalBatchNorm(dim), nn.LeakyReLU(0.2))
+
+        return nn.ModuleDict(dict(first=block(1), residual=block(9), last=conv(1, 1)))
+
+    def forward(self, images):  # [B, 3, H, W]
+        x = diff_augment(images)
+        size = self.vit.image_size
+        if min(x.shape[-2:]) >= size and torch.rand(()) < 0.5:  # a random crop, else the whole; the coin is on the CPU
+            top, left = (int(torch.randint(side - size + 1, ())) for side in x.shape[-2:])
+            x = x[..., top:top + size, left:left + size].contiguous()
+        else:
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        logits = []
+        for tokens, head in zip(self.vit(x, self.layers, cls=True), self.heads):  # [B, 1 + N, D]
+            x = (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2)  # [B, D, N]
+            x = head["first"](x)
+            logits.append(head["last"]((x + head["residual"](x)) / math.sqrt(2)).flatten(1))
+        return torch.cat(logits, 1)
+
+
+class PatchGAN(nn.Module):
+    """pix2pix's discriminator (arXiv 1611.07004): the outputs of all layers, the last one the logits."""
+
+    def __init__(self, norm, ndf=64, layers=3):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2))])
+        d_in = ndf
+        for i in range(1, layers + 1):
+            d_out = ndf * min(8, 2 ** i)
+            conv = nn.Conv2d(d_in, d_out, 4, 2 if i < layers else 1, 1, bias=False)
+            self.layers.append(nn.Sequential(conv, norm(d_out), nn.LeakyReLU(0.2)))
+            d_in = d_out
+        self.layers.append(nn.Conv2d(d_in, 1, 4, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0, 0.02)
+
+    def forward(self, x):
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return outputs
+
+
+class GAN(nn.Module):
+    """The discriminators of a stage's row: `dino` (hinge, VFM-VAE), `patch` (hinge, LDM), `multi` (three scales, least
+    squares, with feature `matching`: VFM-VAE's last stage)."""
+
+    def __init__(self, stage, vit, ndf=64, image_size=256):
+        super().__init__()
+        layers = min(3, max(1, int(math.log2(image_size)) - 4))  # fewer where a coarse image would shrink to nothing
+        self.dino = ProjectedDiscriminator(vit) if stage.dino else None
+        self.patch = PatchGAN(nn.BatchNorm2d, ndf, layers) if stage.patch else None
+        self.multi = nn.ModuleList(PatchGAN(LocalBatchNorm, ndf, layers) for _ in range(3 if stage.multi else 0))
+
+    def pyramid(self, fake, real):
+        """-> (discriminator, fakes, reals) of each scale."""
+        return [(net, F.avg_pool2d(fake, 2 ** k), F.avg_pool2d(real, 2 ** k)) for k, net in enumerate(self.multi)]
+
+    def generator_loss(self, fake, real):
+        """-> a dictionary of unweighted losses, each as named in the stage's row."""
+        losses = {}
+        if self.dino:
+            losses["dino"] = -self.dino(fake).mean()
+        if self.patch:
+            losses["patch"] = -self.patch(fake)[-1].mean()
+        for net, x, y in self.pyramid(fake, real):
+            outputs, targets = net(x), net(y)
+            matching = sum(F.l1_loss(a, b) for a, b in zip(outputs[:-1], targets[:-1])) * 4 / (len(outputs) - 1)
+            losses["multi"] = losses.get("multi", 0) + (outputs[-1] - 1).square().mean() / 3
+            losses["matching"] = losses.get("matching", 0) + matching / 3
+        return losses
+
+    def discriminator_loss(self, fake, real):
+        loss = 0
+        if self.dino:
+            loss = loss + F.relu(1 - self.dino(real)).mean() + F.relu(1 + self.dino(fake)).mean()
+        if self.patch:
+            loss = loss + 0.5 * (F.relu(1 - self.patch(real)[-1]).mean() + F.relu(1 + self.patch(fake)[-1]).mean())
+        for net, x, y in self.pyramid(fake, real):
+            loss = loss + 0.5 / 3 * ((net(y)[-1] - 1).square().mean() + net(x)[-1].square().mean())
+        return loss
+
+
+# -----------------------------------------------------------------------------
+# Official weight files
+
+VIT_KEYS = [  # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DINOv2's own, which are the ViT's
+    (r"^(?:.*\.)?vision_model\.|^(?:module|backbone|vit|dinov2(?:_with_registers)?|model)\.", ""),
+    (r"^embeddings\.patch_embedding(?:s\.projection)?\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings?(?:\.weight)?$", "pos_embed"),
+    (r"^embeddings\.(cls_token|register_tokens|mask_token)$", r"\1"),
+    (r"^reg_token$", "register_tokens"),
+    (r"^encoder\.layers?\.", "blocks."),
+    (r"\.(?:layer_norm|layernorm_)(?:1|before)\.", ".norm1."),
+    (r"\.(?:layer_norm|layernorm_)(?:2|after)\.", ".norm2."),
+    (r"\.(?:self_attn|attention\.attention)\.(q|k|v)(?:_proj|uery|ey|alue)\.", r".attn.\1."),
+    (r"\.(?:self_attn\.out_proj|attention\.output\.dense)\.", ".attn.proj."),
+    (r"\.(?:intermediate\.dense|mlp\.w12|mlp\.weights_in)\.", ".mlp.fc1."),
+    (r"(?<!attention)\.(?:output\.dense|mlp\.w3|mlp\.weights_out)\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"^(?:post_)?layernorm\.", "norm.")]
+VIT_UNUSED = re.compile(r"mask_token|(head|decoder|text_model|attn_pool|fc_norm|pooler|last_layer|classifier)\b|logit_|"
+                        r"embeddings\.position_ids")
+
+VFMVAE_KEYS = [  # the released VFM-VAE's names -> ours
+    (r"^ldm_adapter\.patch_quants\.(\d+)\.0\.blocks\.0\.", r"adapter.levels.\1."),
+    (r"^ldm_adapter\.final_quant\.blocks\.0\.", "adapter.fuse."),
+    (r"^ldm_adapter\.post_quant\.blocks\.0\.", "decoder.post_quant."),
+    (r"^ldm_adapter\.linear_proj\.", "vf_proj."),
+    (r"^mapping\.mlp\.fc0\.", "decoder.mapping.0."),
+    (r"^mapping\.mlp\.fc1\.", "decoder.mapping.2."),
+    (r"^synthesis\.blocks\.", "decoder.blocks."),
+    (r"\.seperate_upsample_conv\.", ".upsample."),
+    (r"\.last_upsample_conv\.", ".upsample_sum."),
+    (r"\.conv0\.", ".convs.0."),
+    (r"\.convs1\.(\d+)\.", lambda match: f".convs.{int(match[1]) + 1}."),
+    (r"\.noise_(strength|const)$", r".noise.\1"),
+    (r"\.affine_pw1\.proj\.", ".style.affine."),
+    (r"\.torgb\.affine\.proj\.", ".torgb.style.affine."),
+    (r"\.torgb\.", ".to_rgb."),
+    (r"\.self_attns\.(\d+)\.(?:attn\.)?", r".attns.\1.")]
+VFMVAE_UNUSED = re.compile(r".*\.(zero_k_bias|blur_weight|x_avg)$|vfm_encoder\.")
+
+
+class NoiseMap(nn.Module):
+    """The stored noise that layers of VFM-VAE checkpoints from before October 2025 add."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.strength = nn.Parameter(torch.zeros([]))
+        self.register_buffer("const", torch.randn(size, size))
+
+    def forward(self, x):  # [B, C, h, w]
+        noise = self.const[None, None]
+        if noise.shape[-2:] != x.shape[-2:]:
+            noise = F.interpolate(noise, x.shape[-2:], mode="bilinear", align_corners=False)
+        return x + noise * self.strength
+
+
+def rename(key, table):
+    for pattern, name in table:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def to_vit_keys(state):
+    """A public ViT's state dict in the names of `ViT`; q, k, v are joined, what it does not need goes."""
+    renamed = {rename(key, VIT_KEYS): value for key, value in state.items()}
+    renamed = {key: value for key, value in renamed.items() if not VIT_UNUSED.match(key)}
+    for key in [key for key in renamed if ".attn.q." in key]:
+        parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    if renamed.get("pos_embed", torch.empty(1, 1, 1)).dim() == 2:
+        renamed["pos_embed"] = renamed["pos_embed"][None]
+    return renamed
+
+
+def vit_config(state):
+    """The ViT arguments that a state dict shows, and for the rest the published model's of that family."""
+    _, n, width = state["pos_embed"].shape
+    patch = state["patch_embed.proj.weight"].shape[-1]
+    hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
+    cls = "cls_token" in state
+    class_position = cls and math.isqrt(n) ** 2 != n
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    dinov2 = "blocks.0.ls1.gamma" in state
+    activation = "gelu" if cls else "gelu_tanh"
+    if state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden:
+        activation = "swiglu"
+    return dict(
+        image_size=math.isqrt(n - class_position) * patch, patch_size=patch, embed_dim=width, mlp_hidden=hidden,
+        depth=count_parts(state, "blocks."), num_heads=16 if width == 1152 else max(1, width // 64),
+        activation=activation, class_token=cls, class_position=class_position, registers=registers, layer_scale=dinov2,
+        normalize="imagenet" if cls else "half", interpolation="bicubic" if dinov2 else "bilinear",
+        antialias=registers > 0)
+
+
+def count_parts(state, prefix):
+    """How many numbered parts stand under a prefix of a state dict's keys."""
+    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def from_vfmvae(state, num_heads=None, layers=(0, 12, -1), scale_factor=2.0, resolution=256):
+    """A released VFM-VAE state dict -> (arch, state dict in our names). All widths are read from the shapes."""
+    prefix = "vfm_encoder.encoder."
+    vit = to_vit_keys({key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)})
+    renamed = {f"vfm.{key}": value for key, value in vit.items()}
+    for key, value in state.items():
+        if VFMVAE_UNUSED.match(key):
+            continue
+        fusion = re.match(r"synthesis\.z_convs\.(\d+)\.(\d)\.(\d)\.(\w+)", key)
+        if fusion:  # two stages, numbered 0 1, 1 2 or 0 2: depthwise, pointwise, norm; then pointwise, norm
+            i, stage, part, kind = fusion.groups()
+            first = f"synthesis.z_convs.{i}.{stage}.2.weight" in state
+            names = ("depthwise", "pointwise1", "norm1") if first else ("pointwise2", "norm2")
+            key = f"decoder.fusions.{i}.{names[int(part)]}.{kind}"
+        key = rename(key, VFMVAE_KEYS)
+        if key.endswith(".gamma"):
+            value = value.reshape(-1, 1, 1)
+        elif key.endswith(("pwconv1.bias", "to_rgb.bias")):
+            value = value.flatten()
+        renamed[key] = value
+
+    def width(key, dim=0):
+        return renamed[key].shape[dim]
+
+    try:
+        config = vit_config(vit)
+        config["num_heads"] = num_heads or config["num_heads"]
+        blocks = [f"decoder.blocks.{i}" for i in range(count_parts(renamed, "decoder.blocks."))]
+        dim, z_dim = renamed["decoder.post_quant.proj.weight"].shape
+        fold = math.isqrt(width("decoder.fusions.0.depthwise.weight") // dim)
+        fusions = range(count_parts(renamed, "decoder.fusions."))
+        decoder = dict(
+            post_factor=dim // z_dim,
+            widths=[width(f"{block}.convs.0.dwconv.weight") for block in blocks],
+            fuse_dims=[width(f"decoder.fusions.{i}.pointwise2.weight") for i in fusions],
+            attention=[count_parts(renamed, f"{block}.attns.") for block in blocks],
+            num_res_blocks=(count_parts(renamed, "decoder.blocks.0.convs.") - 1) // 3,
+            w_dim=width("decoder.mapping.2.weight"),
+            noise_sizes=[width(key) for key in (f"{block}.convs.0.noise.const" for block in blocks) if key in renamed])
+        levels = range(count_parts(renamed, "adapter.levels."))
+        arch = dict(
+            resolution=resolution, downsample=2 ** len(blocks) // fold, z_dim=z_dim, vfm=config, layers=tuple(layers),
+            scale_factor=scale_factor, level_dims=[width(f"adapter.levels.{i}.proj.weight") for i in levels],
+            decoder=decoder, vf_dim=width("vf_proj.weight") if "vf_proj.weight" in renamed else 0)
+    except KeyError as error:
+        raise UserError(f"this looks like a VFM-VAE, but has no {error}")
+    return arch, renamed
+
+
+def from_ldm(state, resolution=256):
+    """An autoencoder in LDM's format (LDM, the original SD-VAE, VA-VAE) -> (arch, state dict in our names)."""
+    renamed = {}
+    for key, value in state.items():
+        if re.match(r"(encoder|quant_conv)\.", key):
+            renamed["adapter." + key.removeprefix("encoder.")] = value
+        elif re.match(r"(decoder|post_quant_conv)\.", key):
+            renamed["decoder." + key.removeprefix("decoder.")] = value
+        elif not re.match(r"(loss|foundation_model|linear_proj|model_ema|logvar)\b", key):
+            renamed[key] = value  # left over: load_state says so
+    try:
+        ch = renamed["adapter.conv_in.weight"].shape[0]
+        z_channels, z_dim = renamed["decoder.post_quant_conv.weight"].shape[:2]
+        levels = range(count_parts(renamed, "adapter.down."))
+        half = dict(ch=ch, ch_mult=[renamed[f"adapter.down.{i}.block.0.conv2.weight"].shape[0] // ch for i in levels],
+                    num_res_blocks=count_parts(renamed, "adapter.down.0.block."), z_channels=z_channels,
+                    attn_levels=[i for i in levels if f"adapter.down.{i}.attn.0.norm.weight" in renamed])
+    except KeyError as error:
+        raise UserError(f"this looks like an LDM autoencoder, but has no {error}")
+    return dict(resolution=resolution, downsample=2 ** (len(levels) - 1), z_dim=z_dim, scale_factor=1.0, encoder=half,
+                decoder=half, decoder_kind="ldm"), renamed
+
+
+def load_tokenizer(path, **overrides):
+    """A frozen Tokenizer in eval mode, EMA weights where there are any, from a checkpoint of ours, an official VFM-VAE
+    ({"G_ema": ...} or a bare state dict) or a file in LDM's format (VA-VAE, SD-VAE): told apart by their keys. What
+    shapes do not show has the published value and can be overridden: num_heads (the VFM's), layers, scale_factor,
+    resolution. `tokenizer.about`: what else a checkpoint of ours says (config, classes, images, stage). UserError for
+    other files."""
+    entries = load_weights(path)
+    about = {}
+    if "kind" in entries:
+        if entries["kind"] != "tokenizer":
+            raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
+        arch = entries["arch"]
+        if "num_heads" in overrides:
+            arch["vfm"]["num_heads"] = overrides.pop("num_heads")
+        arch.update(overrides)
+        state = {**entries["model"], **entries["ema"]}
+        about = {key: entries[key] for key in ("config", "classes", "images", "stage", "pair") if key in entries}
+    else:
+        state = entries.get("G_ema", entries.get("state_dict", entries))
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        if any(key.startswith("ldm_adapter.") for key in state):
+            arch, state = from_vfmvae(state, **overrides)
+        elif "post_quant_conv.weight" in state:
+            arch, state = from_ldm(state, **overrides)
+        else:
+            raise UserError(f"{path} is no tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's")
+    tokenizer = load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
+    tokenizer.about = about
+    return tokenizer
+
+
+SAFETENSORS_TYPES = dict(
+    F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, F8_E4M3=torch.float8_e4m3fn,
+    F8_E5M2=torch.float8_e5m2, I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8,
+    BOOL=torch.bool)
+
+
+def read_safetensors(path):
+    """The tensors of a .safetensors file, mapped: 8-byte little-endian header length, JSON header, one buffer."""
+    file = np.memmap(path, np.uint8, "c")
+    length = int(file[:8].view("<u8")[0])
+    header = json.loads(bytes(file[8:8 + length]))
+    header.pop("__metadata__", None)
+    buffer = file[8 + length:]
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if not 0 <= begin <= end <= len(buffer):
+            raise ValueError(f"tensor {name} lies outside the file")
+        tensors[name] = torch.from_numpy(buffer[begin:end]).view(SAFETENSORS_TYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+@contextlib.contextmanager
+def alone(path):
+    """One process of this machine at a time: eight ranks fetch a file once."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def fetch(url):
+    """The path of a URL's file in torch.hub's cache, fetched once."""
+    place, name = url.split("//")[1].rsplit("/", 1)
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "-", place) + "-" + name)
+    with alone(path):
+        try:
+            if not os.path.exists(path):
+                torch.hub.download_url_to_file(url, path)
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"cannot fetch {url} ({error}); get it elsewhere and give its path "
+                            "(--vfm, --disc_vfm, --lpips_weights, --inception)")
+    return path
+
+
+def load_weights(path_or_url):
+    """The dictionary in a .pt, .pth, .ckpt, .bin or .safetensors file or at a URL (fetched once), tensors on the CPU;
+    never unpickles code (`weights_only`). UserError when it is missing, damaged, or cannot be fetched."""
+    path = str(path_or_url)
+    if path.startswith(("https://", "http://")):
+        path = fetch(path)
+    if not os.path.isfile(path):
+        raise UserError(f"no file {path}")
+    try:
+        if path.endswith(".safetensors"):
+            return read_safetensors(path)
+        # mapped, where format and system allow: eight processes do not hold eight copies of what they will not use
+        mapped = os.name == "posix" and zipfile.is_zipfile(path)
+        entries = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if not isinstance(entries, dict):
+            raise ValueError("it holds no state dict")
+        return entries
+    except Exception as error:  # whatever a damaged or hostile file provokes
+        reason = (str(error).splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"cannot read weights from {path}: damaged, or of another format ({reason})")
+
+
+def load_state(module, state, name, ignore=(), **keywords):
+    """`load_state_dict` whose complaint is one line; `ignore`: regexes of keys not needed."""
+    state = {key: value for key, value in state.items() if not any(re.match(pattern, key) for pattern in ignore)}
+    try:
+        module.load_state_dict(state, **keywords)
+    except RuntimeError as error:  # PyTorch's list of missing, unexpected and misshaped keys
+        raise UserError(f"{name}: the weights do not fit: {' '.join(str(error).split())[:1000]}")
+    return module
+
+
+# -----------------------------------------------------------------------------
+# Data: folders, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
+
+
+def load_rgb(path):
+    """Any file that Pillow opens in RGB: transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            values = np.asarray(image).astype(np.float64)
+            values = values / (257 if values.max() > 255 else 1)
+            image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {path}: {type(error).__name__}: {error}".replace("\n", " "))
+
+
+def center_crop(image, size):
+    """ADM's: box-halve while the short side is at least twice `size`, bicubic to it, then the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), Image.BICUBIC)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def list_images(folder):
+    """The image files under a folder, sorted. UserError if it is missing or has none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder {folder}")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise UserError(f"no images in {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
+    return paths
+
+
+class Images(Dataset):
+    """Images of any data set at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and
+    `val`), "shapes", or a torchvision data set under `data_dir`. Items are asked for as an index, or as (index, key):
+    then augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key."""
+
+    def __init__(self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out"):
+        self.size = size
+        self.crop = crop
+        self.flip = flip
+        self.note = ""
+        if data == "shapes":
+            self.source = Shapes(split, size, cache=cache)
+            self.labels = self.source.labels
+            self.classes = Shapes.classes
+        elif inspect.isclass(getattr(torchvision.datasets, data, None)):
+            self.open_torchvision(data, split, data_dir, download)
+        else:
+            self.open_folder(Path(data), split)
+
+    def open_folder(self, root, split):
+        if (root / split).is_dir():
+            root = root / split
+        elif split == "val":
+            self.note = f"{root} has no folder val: these are the training images"
+            root = root / "train" if (root / "train").is_dir() else root
+        if not root.is_dir():
+            raise UserError(f"--data={root}: no such folder, and not the name of a torchvision data set")
+        paths = list_images(root)
+        flat = {path.parent == root for path in paths}
+        if len(flat) == 2:
+            raise UserError(f"{root} has images both in class folders and beside them")
+        folders = ["image" if True in flat else path.relative_to(root).parts[0] for path in paths]
+        self.classes = sorted(set(folders))
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([index[folder] for folder in folders])
+        self.source = np.array([os.fsencode(path) for path in paths])  # one buffer: workers would come to copy a list
+
+    def open_torchvision(self, data, split, folder, download):
+        Source = getattr(torchvision.datasets, data)
+        known = inspect.signature(Source).parameters
+        keywords = dict(train=split == "train", split="test" if split == "val" and data != "ImageNet" else split)
+        if "train" in known:
+            del keywords["split"]
+        try:
+            with alone(os.path.join(folder, data)) if download else contextlib.nullcontext():
+                keywords = {key: value for key, value in dict(keywords, download=download).items() if key in known}
+                self.source = Source(folder, **keywords)
+            labels = next(value for key, value in vars(self.source).items() if key in ("targets", "labels", "_labels"))
+        except StopIteration:
+            raise UserError(f"torchvision's {data} has no class labels; unpack it into a folder and give --data=FOLDER")
+        except Exception as error:
+            hint = "" if download else " (--download=1 fetches it)"
+            raise UserError(f"torchvision's {data} under {folder}: {error}{hint}".replace("\n", " "))
+        self.labels = np.asarray(labels)
+        self.classes = [str(name) for name in getattr(self.source, "classes", range(int(self.labels.max()) + 1))]
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, item):
+        index, key = item if isinstance(item, tuple) else (item, None)
+        draw = np.random.default_rng(key) if key is not None else None
+        image = self.source[index]
+        if isinstance(image, bytes):
+            image = load_rgb(os.fsdecode(image))
+        elif isinstance(image, tuple):
+            image = image[0]
+        if self.crop and draw is not None:
+            if torch.is_tensor(image):
+                image = Image.fromarray(image.permute(1, 2, 0).numpy())
+            side = max(1, round(min(image.size) * draw.uniform(0.5, 1)))
+            left, top = (int(draw.integers(0, extent - side + 1)) for extent in image.size)
+            box = (left, top, left + side, top + side)
+            image = image.convert("RGB").resize((self.size, self.size), Image.BICUBIC, box, reducing_gap=3)
+        if not torch.is_tensor(image):
+            image = image.convert("RGB")
+            if image.size != (self.size, self.size):
+                image = center_crop(image, self.size)
+            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if self.flip and draw is not None and draw.uniform() < 0.5:
+            image = image.flip(-1)
+        return image, int(self.labels[index])
+
+
+def open_data(cfg, split, size, crop=False, flip=False):
+    """The Images that a Config's data, data_dir, download and cache name."""
+    return Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache)
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batch_indices(n, batch, seed, step):
+    """A step's items in an endless sequence of seeded permutations of n items, and their running numbers."""
+    numbers = np.arange(step * batch, (step + 1) * batch)
+    parts = [permutation(n, seed, epoch)[numbers[numbers // n == epoch] % n] for epoch in np.unique(numbers // n)]
+    return np.concatenate(parts), numbers
+
+
+def step_batches(n, batch, seed, start, stop, world, accumulate=1):
+    """One list of (index, key) per micro-batch of the steps from `start` to `stop`: rank r of `size` takes every
+    size-th image of the batch, so the images seen depend neither on the number of processes nor on accumulation."""
+    if batch % (world.size * accumulate):
+        raise UserError(f"--batch_size={batch}: no multiple of {world.size} processes x --accumulate={accumulate}")
+    size = batch // world.size // accumulate
+    for step in range(start, stop):
+        indices, numbers = batch_indices(n, batch, seed, step)
+        mine = [(int(i), (seed, int(k))) for i, k in zip(indices, numbers)][world.rank::world.size]
+        for k in range(0, len(mine), size):
+            yield mine[k:k + size]
+
+
+def make_loader(dataset, sampler, world, workers):
+    """Batches of (uint8 [b, 3, S, S], labels [b]) from `step_batches` or any batch sampler."""
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
+                      prefetch_factor=4 if workers else None)
+
+
+# -----------------------------------------------------------------------------
+# The toy: drawn shapes in place of ImageNet, a small ViT that knows them in place of the VFM
+
+class Shapes(Dataset):
+    """Drawn, labelled, captioned images: shapes on textured backgrounds, both in eight hues; size, position, rotation
+    and mirroring vary independently. An image is a function of (split, index): its attributes come from a counter-based
+    hash, its edges from signed distances (antialiased at any size)."""
+    classes = ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "T", "L"]
+    hues = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
+    textures = ["plain", "gradient", "stripes", "checks", "clouds"]
+    lengths = dict(train=30_000, val=5_000)
+
+    def __init__(self, split, size=32, length=None, cache=None):
+        self.split = split
+        self.size = size
+        self.n = length or self.lengths[split]
+        self.images = None
+        self.labels = self.attributes(np.arange(self.n))["shape"]
+        if cache and self.n * 3 * size * size < 1 << 29:  # drawn once and memory-mapped by every later process
+            version = fingerprint(torch.from_numpy(self.draw(np.arange(16))))[:6]  # another drawing, another file
+            path = Path(cache) / f"shapes-{split}-{size}-{self.n}-{version}.npy"
+            if not path.exists():
+                with replacing(path) as temporary:
+                    array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (self.n, 3, size, size))
+                    for start in tqdm(range(0, self.n, 500), desc=f"drawing {self.n} shapes", leave=False):
+                        array[start:start + 500] = self.draw(np.arange(start, min(start + 500, self.n)))
+                    array.flush()
+            self.images = np.load(path, mmap_mode="r")
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        image = self.images[index] if self.images is not None else self.draw(np.array([index]))[0]
+        return torch.from_numpy(np.array(image)), int(self.labels[index])
+
+    def random(self, indices, k):
+        """k uniform numbers in [0, 1) for each index: SplitMix64 (Steele et al. 2014) of a counter."""
+        with np.errstate(over="ignore"):
+            counter = np.asarray(indices, np.uint64)[:, None] * np.uint64(64) + np.arange(k, dtype=np.uint64)
+            z = (counter + np.uint64(["train", "val"].index(self.split) << 40)) * np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / (1 << 53)
+
+    def attributes(self, indices):
+        """Arrays: shape, hue, texture, ground; x, y, scale, angle, mirror, and coarsely place, size, turn; `free`."""
+        u = self.random(indices, 24)
+
+        def choose(k, choices):
+            return (u[:, k] * len(choices)).astype(int)
+
+        def quantise(values, low, high):
+            return ((values - low) / (high - low) * 4).clip(0, 3).astype(int)
+
+        scale = 0.55 + 0.25 * u[:, 4]
+        x = (2 * u[:, 5] - 1) * (1 - scale)
+        y = (2 * u[:, 6] - 1) * (1 - scale)
+        angle = (2 * u[:, 7] - 1) * 0.4
+        return dict(
+            shape=choose(0, self.classes), hue=choose(1, self.hues), texture=choose(2, self.textures),
+            ground=choose(3, self.hues), x=x, y=y, scale=scale, angle=angle, mirror=np.where(u[:, 8] < 0.5, -1.0, 1.0),
+            place=quantise(x, -0.45, 0.45) * 4 + quantise(y, -0.45, 0.45), size=quantise(scale, 0.55, 0.8),
+            turn=quantise(angle, -0.4, 0.4), free=u[:, 9:])
+
+    def caption(self, index):
+        a = {key: value[0] for key, value in self.attributes([index]).items()}
+        size = "large" if a["scale"] > 0.675 else "small"
+        place = ("upper" if a["y"] < 0 else "lower") + (" left" if a["x"] < 0 else " right")
+        return (f"a {size} {self.hues[a['hue']]} {self.classes[a['shape']]} at the {place} "
+                f"on a {self.hues[a['ground']]} background, {self.textures[a['texture']]}")
+
+    def draw(self, indices):
+        """uint8 [n, 3, size, size]."""
+        a = self.attributes(indices)
+        axis = (np.arange(self.size, dtype=np.float32) + 0.5) * (2 / self.size) - 1
+        px, py = axis[None, None, :], axis[None, :, None]
+
+        def column(values):  # [n] -> [n, 1, 1]
+            return values[:, None, None].astype(np.float32)
+
+        # background: a mixture of two tones of one hue, by texture
+        value = 0.3 + 0.3 * a["free"][:, 12]
+        dark = self.colour(a["ground"], 0.6 + 0 * value, value)
+        light = self.colour(a["ground"], 0.5 + 0 * value, value + 0.18)
+        mixture = self.mixture(a["texture"], a["free"].astype(np.float32), px, py)
+        ground = dark + (light - dark) * np.clip(mixture, 0, 1)[:, None]
+
+        # foreground: signed distance in the object's frame
+        cos, sin, scale = column(np.cos(a["angle"])), column(np.sin(a["angle"])), column(a["scale"])
+        dx = (px - column(a["x"])) / scale
+        dy = (py - column(a["y"])) / scale
+        u = (dx * cos + dy * sin) * column(a["mirror"])
+        v = dy * cos - dx * sin
+        distance = np.empty_like(u)
+        for k, name in enumerate(self.classes):
+            i = np.flatnonzero(a["shape"] == k)
+            distance[i] = self.distance(name, u[i], v[i])
+        coverage = np.clip(0.5 - distance * scale * (self.size / 2), 0, 1)[:, None]
+        front = self.colour(a["hue"], 0.7 + 0.3 * a["free"][:, 13], 0.85 + 0.15 * a["free"][:, 14])
+        return ((ground + (front - ground) * coverage) * 255 + 0.5).astype(np.uint8)
+
+    def colour(self, hue, saturation, value):
+        """HSV to RGB, [n, 3, 1, 1]."""
+        k = (np.array([5, 3, 1]) + hue[:, None] / len(self.hues) * 6 + 0.3) % 6
+        rgb = value[:, None] * (1 - saturation[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))
+        return rgb.astype(np.float32)[:, :, None, None]
+
+    def mixture(self, texture, free, px, py):
+        """The share of the lighter tone, [n, size, size]; `free` [n, 15]: the texture's own numbers."""
+        free = free[:, :, None, None]
+        angle = free[:, 0] * 2 * np.pi
+        frequency = np.pi * (1.5 + 1.5 * free[:, 1])
+        along = px * np.cos(angle) + py * np.sin(angle)
+        across = py * np.cos(angle) - px * np.sin(angle)
+        wave = np.sin(along * frequency + free[:, 2] * 2 * np.pi)
+        clouds = 0.5
+        for k in (3, 6, 9):
+            phase = px * (4 * free[:, k] - 2) + py * (4 * free[:, k + 1] - 2) + 2 * free[:, k + 2]
+            clouds = clouds + 0.25 * np.sin(np.pi * phase)
+        kinds = dict(plain=0 * along, gradient=(along + 1.4) / 2.8, stripes=np.clip(0.5 + 4 * wave, 0, 1),
+                     checks=np.clip(0.5 + 4 * wave * np.sin(across * frequency), 0, 1), clouds=clouds)
+        return np.choose(texture[:, None, None], [kinds[name] for name in self.textures])
+
+    @staticmethod
+    def distance(name, x, y):
+        """Signed distance (negative inside) of points in a frame where the shape fills the unit disc, y down."""
+        r = np.hypot(x, y)
+
+        def box(x0, x1, y0, y1):
+            return np.maximum(np.abs(x - (x0 + x1) / 2) - (x1 - x0) / 2, np.abs(y - (y0 + y1) / 2) - (y1 - y0) / 2)
+
+        if name == "circle":
+            return r - 0.85
+        if name == "square":
+            return box(-0.72, 0.72, -0.72, 0.72)
+        if name == "triangle":
+            return np.maximum(y, 0.8660254 * np.abs(x) - y / 2) - 0.48
+        if name == "star":  # one of ten mirrored sectors: the edge from the tip (radius 0.95) to the inner corner (0.4)
+            sector = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+            edge = 0.4 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)]) - [0.95, 0]
+            normal = np.array([edge[1], -edge[0]], np.float32) / np.hypot(*edge)
+            return normal[0] * (r * np.cos(sector) - np.float32(0.95)) + normal[1] * r * np.sin(sector)
+        if name == "cross":
+            return np.minimum(box(-0.26, 0.26, -0.85, 0.85), box(-0.85, 0.85, -0.26, 0.26))
+        if name == "ring":
+            return np.abs(r - 0.64) - 0.21
+        if name == "crescent":
+            return np.maximum(r - 0.85, 0.68 - np.hypot(x - 0.42, y))
+        if name == "heart":
+            y = y - 0.08
+            lobe = np.hypot(np.abs(x) - 0.36, y + 0.36) - 0.51
+            return np.minimum(lobe, np.maximum(np.abs(x + y), np.abs(x - y)) * 0.7071068 - 0.51)
+        if name == "T":
+            return np.minimum(box(-0.8, 0.8, -0.85, -0.4), box(-0.23, 0.23, -0.85, 0.85))
+        if name == "L":
+            return np.minimum(box(-0.62, -0.16, -0.85, 0.85), box(-0.62, 0.62, 0.4, 0.85))
+        raise KeyError(name)
+
+
+# The toy's VFM learns to name attributes of the shapes: "toy" all of them, as SigLIP's captions do; "toy-blind" all but
+# the shape, so that it has never been told the class on which the diffusion model is conditioned (the control for that
+# advantage).
+TOY_VIT = dict(image_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, mlp_hidden=512, stem=32)
+TOY_VFMS = {"toy": ("shape", "hue", "texture", "ground", "place", "size", "turn"),
+            "toy-blind": ("hue", "texture", "ground", "place", "size", "turn")}
+
+
+class ToyViT(ViT):
+    """A ViT whose 8 px patches are embedded by three strided convolutions (arXiv 2106.14881); level 0 is the first
+    one's output, space to depth: it still holds the pixels."""
+
+    def __init__(self, stem, **config):
+        super().__init__(**config)
+        self.config["stem"] = stem
+        self.level0_dim = stem * (self.patch_size // 2) ** 2
+        width = [3, stem, 2 * stem, 4 * stem]
+        self.patch_embed = nn.ModuleDict(dict(
+            convs=nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(width, width[1:])),
+            norms=nn.ModuleList(nn.BatchNorm2d(b) for b in width[1:]),
+            proj=pointwise(width[-1], self.embed_dim)))
+
+    def embed(self, x):
+        raw = None
+        for conv, norm in zip(self.patch_embed["convs"], self.patch_embed["norms"]):
+            x = conv(x)
+            raw = x if raw is None else raw  # [B, stem, H / 2, W / 2]
+            x = F.gelu(norm(x))
+        level0 = F.pixel_unshuffle(raw, self.patch_size // 2).flatten(2).transpose(1, 2)  # [B, N, level0_dim]
+        return self.patch_embed["proj"](x).flatten(2).transpose(1, 2), level0
+
+
+def train_on_shapes(title, net, logits, attributes, cache, device, images, batch, lr):
+    """Trains `net` in place to name attributes of shapes (AdamW, one cycle): the toy's VFM, fid.py's classifier.
+    `logits(x [B, 3, 32, 32] in [-1, 1])` -> a list of [B, sum(attribute_counts(attributes))]."""
+    data = Shapes("train", 32, cache=cache)
+    values = data.attributes(np.arange(len(data)))
+    targets = torch.from_numpy(np.stack([values[name] for name in attributes], 1))
+    counts = attribute_counts(attributes)
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    steps = images // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    bar = tqdm(range(steps), desc=title, mininterval=0.5)
+    for step in bar:
+        indices = np.sort(batch_indices(len(data), batch, 0, step)[0])
+        x = to_float(torch.from_numpy(data.images[indices]).to(device))
+        y = targets[indices].to(device)
+        parts = [each.split(counts, 1) for each in logits(x)]
+        loss = sum(F.cross_entropy(part, y[:, i]) for each in parts for i, part in enumerate(each))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            right = (parts[-1][0].argmax(1) == y[:, 0]).float().mean()
+            bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{right.item():.2f}")
+
+
+def attribute_counts(attributes):
+    counts = dict(shape=len(Shapes.classes), hue=len(Shapes.hues), texture=len(Shapes.textures),
+                  ground=len(Shapes.hues), place=16, size=4, turn=4)
+    return [counts[name] for name in attributes]
+
+
+def toy_vfm_weights(name, cache):
+    """A toy VFM's state dict; rank 0 trains it, in about a minute and a half, where `cache` has none."""
+    path = Path(cache) / f"vfm-{name}.pt"
+    world = init_world()
+    if world.rank == 0 and not path.exists():
+        device = world.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            torch.manual_seed(0)
+            vit = vit_from(TOY_VIT)
+            count = sum(attribute_counts(TOY_VFMS[name]))
+            heads = nn.ModuleList(nn.Linear(TOY_VIT["embed_dim"], count) for _ in range(2))
+            net = nn.ModuleList([vit, heads]).to(device)
+
+            def logits(x):  # on the class token, on the mean patch
+                tokens, = vit(x, cls=True)  # [B, 1 + N, D]
+                return [heads[0](tokens[:, 0]), heads[1](tokens[:, 1:].mean(1))]
+
+            title = f"training the VFM '{name}' (once)"
+            train_on_shapes(title, net, logits, TOY_VFMS[name], cache, device, 96_000, 64, 1e-3)
+        save_checkpoint(path, kind="vfm", name=name, model=vit.cpu().state_dict())
+    world.barrier()
+    return load_checkpoint(path, "vfm")["model"]
+
+
+# -----------------------------------------------------------------------------
+# What every script begins and ends with: command line, processes, checkpoints, log, pictures
+
+class UserError(Exception):
+    """A mistake of the user's: `main` prints its one line and exits with status 1."""
+
+
+Positive = typing.NewType("Positive", int)
+
+
+def parse_config(Config, presets, argv=None, positional=()):
+    """A Config from the command line: its defaults, then the preset's, then the flags. Fields may be int (0 or more),
+    Positive, float (finite), bool (0/1), str, Literal[...] or tuple[int or float, ...] (comma-separated); those in
+    `positional` need no flag. Exits with status 2 and one line for an unknown flag or a bad value."""
+    def boolean(text):
+        return ("0", "false", "1", "true").index(text.lower()) > 1  # ValueError: argparse's complaint
+
+    def at_least(least):
+        def integer(text):
+            if int(text) < least:
+                raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+            return int(text)
+        return integer
+
+    def finite(text):
+        if not math.isfinite(float(text)):
+            raise argparse.ArgumentTypeError(f"{text}: must be finite")
+        return float(text)
+
+    def several(item):
+        def list_of_numbers(text):
+            return tuple(item(part) for part in text.split(",") if part)
+        return list_of_numbers
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: {message}\n")
+
+    convert = {bool: boolean, int: at_least(0), Positive: at_least(1), float: finite, str: str}
+    source = "".join(inspect.getsource(each) for each in Config.__mro__[-2::-1])
+    comments = dict(re.findall(r"^    (\w+): .*?  #\s*(.*)$", source, re.M))
+    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    types = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        kind = types[field.name]
+        arguments = typing.get_args(kind)
+        default = field.default
+        keywords = dict(type=convert.get(kind), metavar=getattr(kind, "__name__", None))
+        if typing.get_origin(kind) is Literal:
+            keywords = dict(choices=arguments)
+        elif arguments:
+            keywords["type"] = several(arguments[0])
+            default = ",".join(map(str, default))
+        help = f"{comments.get(field.name, '')} [{default}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help, **keywords)
+    for name in positional:
+        parser.add_argument(f"@{name}", nargs="?", metavar=name, default=argparse.SUPPRESS)
+    parser.epilog = "presets: " + "; ".join(f"{name}: {preset or 'the defaults'}" for name, preset in presets.items())
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], types, 1, 0)[0]
+        parser.error(f"unknown argument {unknown[0]}; did you mean --{nearest}? (--help lists all)")
+    given = {key.lstrip("@"): value for key, value in vars(given).items()}
+    imagenet = torch.cuda.is_available() and os.path.isdir("data/imagenet/train")
+    preset = given.get("preset") or ("imagenet" if imagenet else "toy")
+    if preset not in presets:
+        parser.error(f"unknown preset {preset}; there are {', '.join(presets)}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"preset {preset}", flush=True)
+    return Config(**{**presets[preset], **given, "preset": preset})
+
+
+def main(run):
+    """Runs a script's `run()`; a UserError becomes one line and exit status 1."""
+    try:
+        run()
+    except UserError as error:
+        for bar in list(tqdm._instances):
+            bar.close()
+        line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]  # a DataLoader's worker adds a traceback
+        sys.exit(f"{Path(sys.argv[0]).name}: {line}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# dense bf16, NVIDIA's datasheets
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+@dataclass
+class World:
+    """This process among its peers."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def layout(self):  # of convolutions
+        return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+
+    def autocast(self):  # bf16 on CUDA, float32 on the CPU
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def mfu(self, flops, rate):
+        """Of `flops` an image at `rate` images a second over all processes; None on unknown devices."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+        for gpu, peak in PEAK_FLOPS.items():
+            if gpu in name:
+                return flops * rate / (peak * self.size)
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, tensor):
+        """Over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor):
+        """Over processes, in place."""
+        return self.sum(tensor.div_(self.size)) if self.size > 1 else tensor
+
+
+def init_world():
+    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on the CPU), or stands alone."""
+    rank, size, local = (int(os.environ.get(key, key == "WORLD_SIZE")) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"more processes than this machine's {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif sys.platform == "linux":  # glibc returns large blocks at every free: page faults are a fifth of a toy step
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+            libc.mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD
+    if size > 1 and not dist.is_initialized():  # a long timeout: the others wait while one lists a million files
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    return World(rank, size, device)
+
+
+def seed_step(seed, step, rank=0):
+    """All randomness of a step is a function of (seed, step, rank), so a resumed run needs no RNG state to be exact."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "little"))
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path, renamed onto `path` when the block ends: readers see the old file or the new one, never half of
+    one. UserError if it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, (OSError, RuntimeError)):  # RuntimeError: torch's, of a full disk
+            raise UserError(f"cannot write {path}: {error}".splitlines()[0])
+        raise
+
+
+def save_checkpoint(path, **entries):
+    with replacing(path) as temporary:
+        torch.save(entries, temporary)
+
+
+def load_checkpoint(path, kind, hint=""):
+    """A checkpoint's entries, on the CPU. UserError if it is missing or of another kind."""
+    if not Path(path).exists():
+        raise UserError(f"no {kind} checkpoint at {path}" + (f"; {hint}" if hint else ""))
+    entries = load_weights(path)
+    if entries.get("kind") != kind:
+        raise UserError(f"{path} is no {kind} checkpoint of these scripts (but {entries.get('kind', 'unknown')})")
+    return entries
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    """{} if there is none, or half of one."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def fingerprint(*parts):
+    """A hash of tensors' bytes, of modules' weights, and of the text of anything else."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        items = part.state_dict().items() if isinstance(part, nn.Module) else [("", part)]
+        for name, item in items:
+            digest.update(name.encode())
+            if torch.is_tensor(item):
+                digest.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            else:
+                digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+class Log:
+    """One tqdm bar and one line of JSON in `out/log.jsonl` per log interval; silent but on rank 0."""
+
+    def __init__(self, out, script, world, total, start=0):
+        self.path = Path(out) / "log.jsonl"
+        self.script = script
+        self.world = world
+        self.flops = 0  # of one image's training step, for MFU
+        self.last = None  # (time, images seen) of the line before
+        self.bar = tqdm(total=total, initial=start, desc=script, unit="step", disable=world.rank > 0, mininterval=0.5)
+        if world.rank == 0:  # what came after the checkpoint that is resumed from goes, and half a line
+            kept = []
+            for line in self.path.read_text().splitlines() if self.path.exists() else ():
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    if entry["script"] != script or entry["step"] <= start:
+                        kept.append(line + "\n")
+            write_text(self.path, "".join(kept))
+
+    def write(self, step, images, **values):
+        """`images` seen so far; tensors among `values` are read here, once per interval."""
+        tensors = [torch.as_tensor(value, dtype=torch.float64, device=self.world.device) for value in values.values()]
+        values = dict(zip(values, torch.stack(tensors).tolist()))
+        now = time.perf_counter()
+        if self.last is not None:
+            values["images_per_second"] = (images - self.last[1]) / (now - self.last[0])
+            values["mfu"] = self.world.mfu(self.flops, values["images_per_second"])
+        self.last = now, images
+        if self.world.rank == 0:
+            values = {name: float(f"{value:.6g}") for name, value in values.items() if value is not None}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(dict(script=self.script, step=step, images=images, **values)) + "\n")
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
+
+
+def time_steps(title, step, n, images, flops, world):
+    """Times n calls of `step` after three; prints a line of JSON -> it. `images` a call; `flops` an image."""
+    cuda = world.device.type == "cuda"
 
     def mark():
-        event = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
-        if cuda:
-            event.record()
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
         return event
 
-    for number, stage, *_ in stage_plan(cfg)[0]:
-        if cfg.stage not in (0, number):
-            continue
-        trainer.start_stage(dataclasses.replace(stage, gan_start_kimg=0.0))
-        start = time.perf_counter()
-        for step in range(3):            # compilation, autotuning
-            trainer.step(batches, step, 0)
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        say(f"  stage {number}, {stage.name}: first 3 steps {time.perf_counter() - start:.1f} s")
-        marks = [("", mark())]
-        trainer.stamp = lambda part: marks.append((part, mark()))
-        for step in range(cfg.bench):
-            trainer.step(batches, step, 0)
-        trainer.stamp = lambda part: None
-        if cuda:
-            torch.cuda.synchronize()
-        parts = {}
-        for (_, before), (part, after) in zip(marks, marks[1:]):
-            parts[part] = parts.get(part, 0) + (before.elapsed_time(after) if cuda else 1000 * (after - before)) / cfg.bench
-        total = sum(parts.values())
-        memory = f", peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else ""
-        shares = ", ".join(f"{part} {100 * t / total:.0f}%" for part, t in parts.items())
-        rate = 1000 * cfg.batch_size / total
-        mfu = world.mfu(flops[stage.name], rate)
-        say(f"  {total:.1f} ms a step, {rate:.1f} images a second{memory}" + (f", MFU {mfu:.1%} (without losses)" if mfu else "") + f": {shares}")
+    for _ in range(3):
+        step()
+    marks = [mark()]
+    for _ in range(n):
+        step()
+        marks.append(mark())
+    if cuda:
+        torch.cuda.synchronize()
+    times = [a.elapsed_time(b) if cuda else 1000 * (b - a) for a, b in zip(marks, marks[1:])]
+    rate = 1000 * images / statistics.median(times)
+    result = dict(
+        title=title, device=torch.cuda.get_device_name() if cuda else "cpu", processes=world.size, images=images,
+        ms=statistics.median(times), ms_min=min(times), ms_max=max(times), images_per_second=rate,
+        tflops=flops * rate / 1e12, mfu=world.mfu(flops, rate),
+        peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None)
+    result = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in result.items()}
+    if world.rank == 0:
+        print(json.dumps(result), flush=True)
+    return result
 
+
+def to_uint8(images):
+    """float [..., H, W] in [-1, 1] -> uint8, rounded."""
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def shrink(images, scale, antialias=True):
+    """Images [B, C, H, W] at `scale` times their size, bilinear; unchanged at 1."""
+    if scale == 1:
+        return images
+    size = [round(side * scale) for side in images.shape[-2:]]
+    return F.interpolate(images, size, mode="bilinear", antialias=antialias, align_corners=False)
+
+
+def save_grid(images, path, columns, labels=None):
+    """Images [N, 3, H, W] in [-1, 1] as one PNG, `columns` to the row, `labels` (strings) under them."""
+    n, _, h, w = images.shape
+    scale = max(1, 96 // max(h, w))
+    text = 12 if labels else 0
+    canvas = Image.new("RGB", (columns * (w * scale + 2), math.ceil(n / columns) * (h * scale + 2 + text)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
+        x = i % columns * (w * scale + 2)
+        y = i // columns * (h * scale + 2 + text)
+        canvas.paste(Image.fromarray(image).resize((w * scale, h * scale), Image.NEAREST), (x, y))
+        if labels:
+            draw.text((x + 1, y + h * scale), labels[i], fill="black")
+    with replacing(path) as temporary:
+        canvas.save(temporary, "PNG")
+
+
+# -----------------------------------------------------------------------------
 
 def run():
     cfg = parse_config(Config, PRESETS)
-    if cfg.method not in STAGES:
-        raise UserError(f"--method={cfg.method}: there are {', '.join(STAGES)}")
-    if cfg.decoder not in ("", "vfmvae", "ldm"):
-        raise UserError(f"--decoder={cfg.decoder}: there are vfmvae, ldm")
-    if min(cfg.kimg, cfg.ema_kimg) < 0:
-        raise UserError(f"--kimg={cfg.kimg:g}, --ema_kimg={cfg.ema_kimg:g}: must not be negative")
     world = init_world()
-    if cfg.eval:
-        tokenizer = load_tokenizer(cfg.ckpt or Path(cfg.out) / "tokenizer.pt")
-        default, trained = Config(**PRESETS[cfg.preset]), tokenizer.about.get("config", {})
-        same = [key for key in ("data", "data_dir", "image_size") if key in trained and getattr(cfg, key) == getattr(default, key)]
-        cfg = dataclasses.replace(cfg, **{key: trained[key] for key in same})        # on what it was trained for, where no flag says otherwise
-        evaluate(cfg, tokenizer, world)
-    elif cfg.bench:
+    if cfg.bench:
         bench(cfg, world)
     else:
         train(cfg, world)
