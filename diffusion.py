@@ -1,22 +1,21 @@
 """
 The diffusion transformer, flow matching, and training on cached latents.
 
-    python diffusion.py  # toy: latents of out/tokenizer.pt, then the model; minutes
+    python diffusion.py  # toy, on latents of out/tokenizer.pt; minutes
     python diffusion.py --align=reg --arch=sit  # with REG's class token and REPA (VFM-VAE's dual alignment)
     python diffusion.py --preset=imagenet  # LightningDiT-XL/1, 80 epochs; --preset=reg: SiT-XL/1 with REG
-    torchrun --nproc_per_node=8 diffusion.py  # on eight GPUs; --fsdp=1 shards what one cannot hold
-    python diffusion.py --bench=20 --model=XL  # time training steps on random latents
+    torchrun --nproc_per_node=8 diffusion.py  # --fsdp=1 shards what one GPU cannot hold
 
-The data's way, with the shapes of ImageNet at 256 px:
+The data's way at ImageNet's 256 px:
 
     image [3, 256, 256] and its mirror image
-      |  tokenizer.encode, once                                  cache_latents
-    latents [32, 16, 16] on disk, normalised when read           Latents
-      |  x_t = t data + (1 - t) noise, v = data - noise          flow_losses
-    256 tokens [1152] (REG: and the VFM's class token) -> v      DiT
-      |  dx/dt = v from noise (t = 0) to data (t = 1)            guided, ode, sde
+      |  cache_latents: tokenizer.encode, once
+    latents [32, 16, 16] on disk
+      |  Latents: either of the two; normalised; flow_losses: x_t = t data + (1 - t) noise, v = data - noise
+    256 tokens [1152] (REG: and the VFM's class token)
+      |  DiT; guided, ode, sde: dx/dt = v from noise (t = 0) to data (t = 1)
     latents [32, 16, 16]
-      |  normalisation undone, tokenizer.decode                  generate
+      |  generate: normalisation undone, tokenizer.decode
     image [3, 256, 256]
 
 LightningDiT is arXiv 2501.01423, SiT 2401.08740, REPA 2410.06940, REG 2507.01467, DiT 2212.09748; guidance 2207.12598,
@@ -37,93 +36,96 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tokenizer import (MLP, Log, Positive, UserError, fingerprint, init_world, load_checkpoint, load_state,
-                       load_tokenizer, load_vfm, load_weights, main, make_loader, open_data, parse_config, read_json,
-                       save_checkpoint, save_grid, seed_step, step_batches, time_steps, to_float, write_json)
+from tokenizer import (
+    MLP, Log, Positive, UserError, fingerprint, init_world, load_checkpoint, load_state, load_tokenizer, load_vfm,
+    load_weights, main, make_loader, open_data, parse_config, read_json, save_checkpoint, save_grid, seed_step,
+    step_batches, time_steps, to_float, write_json)
 
 
 @dataclass
 class Config:
-    preset: str = ""  # imagenet (these defaults) where there is CUDA and data/imagenet/train, reg, or toy
+    preset: str = ""  # imagenet (where there is CUDA and data/imagenet/train), reg, or toy
     out: str = "out"  # folder of checkpoints, log, grids
-    cache: str = "out"  # folder of the toy's drawings and VFM, shared by all runs
-    resume: bool = True  # go on from OUT/diffusion.pt if it is there
-    seed: int = 0  # of weights, data order, times, noise
+    cache: str = "out"  # the toy's drawings and VFM, shared by all runs
+    resume: bool = True  # go on from OUT/diffusion.pt
+    seed: int = 0
     # data and its latents
     tokenizer: str = ""  # checkpoint, ours or official; empty: OUT/tokenizer.pt
     data: str = "data/imagenet"  # class folders (maybe under train/ and val/), shapes, CIFAR10, ...
-    data_dir: str = "data"  # where torchvision's data sets lie
-    download: bool = False  # let torchvision download them
+    data_dir: str = "data"  # of torchvision's data sets
+    download: bool = False  # them, if need be
     image_size: int = 0  # pixels; 0: the tokenizer's
     latents: str = ""  # folder of their cache; empty: OUT/latents
     cache_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    cache_features: bool = True  # with --align: cache the VFM's tokens, too; else it runs at every step
-    encode_batch: Positive = 64  # images, each with its mirror image, at once
-    val_images: Positive = 4_096  # for the validation loss
-    workers: int = 8  # data loading processes
+    cache_features: bool = True  # with --align: cache the VFM's tokens, too, or run it at every step
+    encode_batch: Positive = 64  # images, with their mirror images
+    val_images: Positive = 4_096
+    workers: int = 8
     # model
     model: Literal["toy", "B", "L", "XL", "1.0B", "1.6B"] = "XL"
-    depth: int = 0  # 0: the model's
-    hidden_size: int = 0  # 0: the model's
-    num_heads: int = 0  # 0: the model's
+    depth: int = 0  # 0, in the next two, too: the model's
+    hidden_size: int = 0
+    num_heads: int = 0
     patch_size: Positive = 1  # side of a token in latent positions
-    arch: Literal["lightningdit", "sit"] = "lightningdit"  # RMSNorm, SwiGLU, rotary positions; or LayerNorm, GELU
-    qk_norm: bool = False  # for long runs
+    arch: Literal["lightningdit", "sit"] = "lightningdit"  # RMSNorm, SwiGLU, RoPE; or LayerNorm, GELU
+    qk_norm: bool = False
     # objective
     times: Literal["lognormal", "uniform"] = "lognormal"  # logit-normal(0, 1)
-    uniform_from: int = 0  # step from which they are uniform (0: never); 600000 of LightningDiT's 700,000
+    uniform_from: int = 0  # step from which they are uniform (0: never); LightningDiT: 600000 of 700,000
     cosine_weight: float = 1.0  # of 1 - cosine(v, target)
     class_dropout: float = 0.1  # share of labels that become the null class
-    align: Literal["none", "repa", "reg"] = "none"  # repa: project tokens onto a VFM's; reg: its class token, too
-    align_vfm: str = "dinov2_vitb14"  # that VFM
-    encoder_depth: Positive = 8  # block after which tokens are projected, from 1
-    projector_dim: Positive = 2_048  # width of the projection's MLP
-    repa_weight: float = 0.5  # of its negative cosine similarity
+    align: Literal["none", "repa", "reg"] = "none"  # reg: REPA and a class token
+    align_vfm: str = "dinov2_vitb14"
+    encoder_depth: Positive = 8  # block, from 1, whose tokens are projected
+    projector_dim: Positive = 2_048
+    repa_weight: float = 0.5  # of REPA's negative cosine similarity
     cls_weight: float = 0.03  # of the class token's velocity error
     # optimisation
     steps: Positive = 100_000  # of batch_size images: 80 epochs
-    batch_size: Positive = 1_024  # images a step, over all processes
+    batch_size: Positive = 1_024  # images a step, of all processes
     accumulate: Positive = 1  # micro-batches a step
     lr: float = 2e-4  # of AdamW, without weight decay
-    beta2: float = 0.95  # of its second moments
+    beta2: float = 0.95
     warmup: int = 0  # steps of linear warm-up
-    cooldown: float = 0.0  # last share of the steps, over which the rate falls linearly to 0 (ours)
+    cooldown: float = 0.0  # share of the steps, the last, in which it falls linearly to 0 (ours)
     clip: float = 1.0  # gradient norm
     ema: float = 0.9999  # decay a step
     # machine
-    compile: bool = torch.cuda.is_available()  # torch.compile the model
+    compile: bool = torch.cuda.is_available()
     checkpointing: bool = False  # recompute blocks in the backward pass
-    fsdp: bool = False  # shard weights, gradients and optimizer (FSDP2)
-    bench: int = 0  # time so many training steps on random latents [32, 16, 16], then stop
+    fsdp: bool = False  # shard all of it (FSDP2)
+    bench: int = 0  # only time so many training steps on random latents
     # intervals, in steps
     log_interval: Positive = 100
-    val_interval: int = 5_000  # between validation losses (0: at the end alone)
-    sample_interval: int = 5_000  # between grids of samples (0: none)
-    save_interval: int = 5_000  # between checkpoints (0: at the end alone)
-    keep: bool = False  # also keep each checkpoint as diffusion-STEP.pt
+    val_interval: int = 5_000  # of validation losses (0: at the end alone)
+    sample_interval: int = 5_000  # of grids of samples (0: none)
+    save_interval: int = 5_000  # of checkpoints (0: at the end alone)
+    keep: bool = False  # each checkpoint as diffusion-STEP.pt, too
 
 
 PRESETS = dict(
     imagenet={},
-    toy=dict(data="shapes", model="toy", align_vfm="toy", encoder_depth=2, projector_dim=256, steps=3_000,
-             batch_size=64, lr=2e-3, warmup=100, cooldown=0.5, ema=0.995, encode_batch=100, val_images=2_000,
-             workers=0, log_interval=50, val_interval=500, sample_interval=500, save_interval=500),
-    reg=dict(arch="sit", qk_norm=True, times="uniform", cosine_weight=0.0, align="reg",
-             cache_features=False))  # of ImageNet and the mirror images they are a terabyte
+    toy=dict(
+        data="shapes", model="toy", align_vfm="toy", encoder_depth=2, projector_dim=256, steps=3_000, batch_size=64,
+        lr=2e-3, warmup=100, cooldown=0.5, ema=0.995, encode_batch=100, val_images=2_000, workers=0, log_interval=50,
+        val_interval=500, sample_interval=500, save_interval=500),
+    reg=dict(  # ImageNet's features are a terabyte
+        arch="sit", qk_norm=True, times="uniform", cosine_weight=0.0, align="reg", cache_features=False))
 
-SIZES = {"toy": (4, 128, 4), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),  # depth, width, heads
-         "1.0B": (24, 1536, 24), "1.6B": (28, 1792, 28)}
+SIZES = {  # depth, width, heads
+    "toy": (4, 128, 4), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "1.0B": (24, 1536, 24),
+    "1.6B": (28, 1792, 28)}
 
 # -----------------------------------------------------------------------------
-# The transformer. Parameter names are those of the public LightningDiT and REG checkpoints
+# The transformer. Parameters have the names of LightningDiT's and REG's public checkpoints
 
 class RMSNorm(nn.RMSNorm):
     """In float32, as autocast does for LayerNorm."""
@@ -137,8 +139,8 @@ def modulate(x, shift, scale):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x [B, N, heads, d]: neighbouring channels (a, b) turn by their position's angles [N, 1, d/2].
-    In the result all a precede all b, in queries and keys alike, whose products do not see it."""
+    """Rotary embedding of x [B, N, heads, d]: neighbouring channels (a, b) turn by angles [N, 1, d / 2]. The result has
+    all a before all b, which the products of queries and keys do not see."""
     a = x[..., 0::2]
     b = x[..., 1::2]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -187,7 +189,7 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c, rope):  # [B, N, D], [B, D]
-        # float32 under autocast, too: bf16 would round 1 + scale to 1/128
+        # float32: bf16 would round 1 + scale to 1/128
         modulation = self.adaLN_modulation(c).float()[:, None]  # [B, 1, 6 D]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope)
@@ -225,7 +227,7 @@ class FinalLayer(nn.Module):
 
 
 def position_tables(grid, dim, head_dim):
-    """Sin-cos positions [grid, grid, dim] (half of the channels for the column, then the row; sines, then cosines) and
+    """Sin-cos positions [grid, grid, dim] (half of the channels for the column, half for the row; sines, cosines) and
     rotary angles [grid, grid, head_dim / 2] (half by row, half by column)."""
     def angles(k):
         angle = torch.arange(grid, device="cpu")[:, None] / 10_000 ** (torch.arange(k, device="cpu").double() / k)
@@ -238,17 +240,17 @@ def position_tables(grid, dim, head_dim):
 
 class DiT(nn.Module):
     """model(x, t, y) -> v: latents x [B, C, S, S] (or smaller: positions count from 0), times t [B] from 0 (noise) to 1
-    (data), classes y [B] (num_classes: the null class), velocity v = data - noise.
+    (data), classes y [B] (num_classes: the null class), velocity v = data - noise. cls [B, cls_dim]: REG's class token,
+    noised. With it (cls_dim > 0) or REPA's head (z_dim > 0): -> (v, v_cls [B, cls_dim] or None, projection
+    [B, (1 +) N, z_dim] or None). blocks=True: -> every block's tokens, a list of [B, (1 +) N, D]."""
 
-    With REG's class token (cls_dim > 0) model(x, t, y, cls) takes it noised, [B, cls_dim]; with it or REPA's projection
-    head (z_dim > 0) the answer is (v, v_cls [B, cls_dim] or None, projection [B, (1 +) N, z_dim] or None), the class
-    token first. blocks=True: the list of every block's tokens [B, (1 +) N, D] instead.
-    """
-
-    def __init__(self, input_size=16, in_channels=32, patch_size=1, hidden_size=1152, depth=28, num_heads=16,
-                 num_classes=1000, arch="lightningdit", mlp_hidden=0, qk_norm=False, cls_dim=0, z_dim=0,
-                 projector_dim=2048, encoder_depth=8):
+    def __init__(
+            self, input_size=16, in_channels=32, patch_size=1, hidden_size=1152, depth=28, num_heads=16,
+            num_classes=1000, arch="lightningdit", mlp_hidden=0, qk_norm=False, cls_dim=0, z_dim=0, projector_dim=2048,
+            encoder_depth=8):
         super().__init__()
+        if input_size % patch_size or hidden_size % (4 * num_heads):
+            raise UserError(f"{patch_size=} must divide {input_size=}, 4 x {num_heads=} must divide {hidden_size=}")
         self.input_size = input_size
         self.in_channels = in_channels
         self.patch_size = patch_size
@@ -287,7 +289,7 @@ class DiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """DiT's: Xavier, normal 0.02 for embeddings, zeros for what adaLN gates and for the output."""
+        """DiT's: Xavier, normal 0.02 for embeddings, zeros for adaLN and the output."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
@@ -336,11 +338,11 @@ class DiT(nn.Module):
     def flops(self):
         """Of the matrix products of one image's forward pass."""
         tokens = self.grid ** 2 + (self.cls_dim > 0)
-        once = ("t_embedder", "adaLN", "cls_projectors2", "linear_cls")  # the others work per token
         products = 2 * len(self.blocks) * tokens ** 2 * self.pos_embed.shape[-1]  # of attention
         for name, weight in self.named_parameters():
             if weight.ndim > 1 and "y_embedder" not in name:
-                products += weight.numel() * (1 if any(part in name for part in once) else tokens)
+                once = re.search("t_embedder|adaLN|cls", name)  # the others work per token
+                products += weight.numel() * (1 if once else tokens)
         return 2 * products
 
 
@@ -348,12 +350,12 @@ class DiT(nn.Module):
 # The flow: its objective, and the way back from noise to data
 
 def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
-    """The terms of the objective at x_t = t latents + (1 - t) noise, each [B]; the caller weighs them.
+    """The terms of the objective at x_t = t latents + (1 - t) noise, each [B], unweighted. latents [B, C, S, S]:
+    normalised; labels: after dropout.
 
     velocity: squared error; cosine: 1 - cos over channels (LightningDiT); repa: negative cosine similarity of the
     projection and the VFM's `tokens` [B, (1 +) N, D] of the clean images (REPA eq. 8); cls: velocity error of the class
-    token tokens[:, 0], noised with `cls_noise` [B, D] (REG). latents: normalised, [B, C, S, S]; labels: after dropout.
-    """
+    token tokens[:, 0], noised with `cls_noise` [B, D] (REG)."""
     x = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))  # [B, C, S, S]
     target = latents - noise
     if cls_noise is None:
@@ -362,8 +364,9 @@ def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
         out = model(x, t, labels, torch.lerp(cls_noise, tokens[:, 0], t[:, None]))
     v, v_cls, projection = out if isinstance(out, tuple) else (out, None, None)
     v = v.float()
-    losses = dict(velocity=(v - target).square().mean((1, 2, 3)),
-                  cosine=1 - F.cosine_similarity(v, target, dim=1).mean((1, 2)))
+    losses = dict(
+        velocity=(v - target).square().mean((1, 2, 3)),
+        cosine=1 - F.cosine_similarity(v, target, dim=1).mean((1, 2)))
     if v_cls is not None:
         losses["cls"] = (v_cls.float() - (tokens[:, 0] - cls_noise)).square().mean(1)
     if projection is not None:
@@ -373,23 +376,21 @@ def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
 
 
 def draw_times(n, step, cfg, device):
-    """Logit-normal(0, 1), as in Stable Diffusion 3, or uniform -> [n]."""
+    """[n], logit-normal(0, 1), as in Stable Diffusion 3, or uniform."""
     if cfg.times == "uniform" or 0 < cfg.uniform_from <= step:
         return torch.rand(n, device=device)
     return torch.randn(n, device=device).sigmoid()
 
 
-def guided(model, state, t, y, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None, cls_cfg_scale=0.0,
-           guide=None):
-    """Velocities of state = [x] or, with REG's class token, [x, cls] at one time t: other + scale (conditional - other)
-    where low <= t <= high of cfg_interval; elsewhere the conditional ones alone. The other is the null class's, in the
-    same batch, or the weaker model `guide`'s (autoguidance). cfg_channels: guide the first so many channels;
-    cls_cfg_scale: the class token's scale (0: none)."""
+def guided(model, state, t, y, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=0, cls_cfg_scale=0.0, guide=None):
+    """Velocities of state = [x] or [x, REG's class token] at one time t: other + scale (conditional - other) where
+    low <= t <= high of cfg_interval, else the conditional ones. The other: the null class's, in the same batch, or the
+    weaker model `guide`'s (autoguidance). cfg_channels: only the first so many (0: all); cls_cfg_scale: of the class
+    token (0: none)."""
     def evaluate(net, state, y):
         x, *cls = (s.float() for s in state)
         out = net(x, torch.full((len(y),), t, device=y.device), y, *cls)
-        out = out[:len(state)] if isinstance(out, tuple) else [out]
-        return [v.to(s.dtype) for v, s in zip(out, state)]
+        return [v.to(s.dtype) for v, s in zip(out if isinstance(out, tuple) else [out], state)]
 
     low, high = cfg_interval
     if cfg_scale == 1 or not low <= t <= high:
@@ -401,41 +402,36 @@ def guided(model, state, t, y, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_chann
     else:
         conditional = evaluate(model, state, y)
         other = evaluate(guide, state, y)
-    v = conditional[0].clone()  # [B, C, S, S]
+    v, *v_cls = conditional  # [B, C, S, S], and [B, cls_dim] if there is a class token
+    v = v.clone()
     k = cfg_channels or v.shape[1]
     v[:, :k] = torch.lerp(other[0][:, :k], v[:, :k], cfg_scale)
-    if len(state) == 1:
-        return [v]
-    v_cls = conditional[1]  # [B, cls_dim]
-    return [v, torch.lerp(other[1], v_cls, cls_cfg_scale) if cls_cfg_scale else v_cls]
+    if v_cls and cls_cfg_scale:
+        v_cls = [torch.lerp(other[1], v_cls[0], cls_cfg_scale)]
+    return [v, *v_cls]
 
 
-SOLVERS = ("euler", "heun", "ab2")
-
-
-def ode(model, noise, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 1.0), timestep_shift=0.0, cfg_channels=None,
-        cls_noise=None, cls_cfg_scale=0.0, solver="euler", guide=None):
+def ode(model, noise, y, num_steps=250, timestep_shift=0.0, cls_noise=None, solver="euler", **guidance):
     """Latents [B, C, S, S] of classes y [B] from noise along dx/dt = v(x, t, y), t at linspace(0, 1, num_steps), mapped
-    t -> s t / (1 + (s - 1) t) if s = timestep_shift > 0. A class-token model integrates cls_noise [B, D] alongside. The
-    interval (see `guided`) is of the mapped times. solver: "euler", "heun" (two evaluations a step), "ab2"
-    (Adams-Bashforth of two steps)."""
-    if num_steps < 2 or solver not in SOLVERS:
-        raise UserError(f"solver={solver}, num_steps={num_steps}: there are {', '.join(SOLVERS)}, from 2 times")
+    t -> s t / (1 + (s - 1) t) if s = timestep_shift > 0; REG's class token from cls_noise [B, D] alongside. solver:
+    "euler", "heun" (two evaluations a step), "ab2" (Adams-Bashforth). guidance: of `guided`, at the mapped times."""
+    if num_steps < 2 or solver not in ("euler", "heun", "ab2"):
+        raise UserError(f"solver={solver}, num_steps={num_steps}: there are euler, heun and ab2, from 2 times")
     times = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     if timestep_shift > 0:
         times = timestep_shift * times / (1 + (timestep_shift - 1) * times)
     times = times.tolist()
-    guidance = (y, cfg_scale, cfg_interval, cfg_channels, cls_cfg_scale, guide)
     state = [s for s in (noise, cls_noise) if s is not None]
-    before = None
+    before = None  # the last step's velocities and length
+    h_before = None
     for t, after in zip(times, times[1:]):
         h = after - t
-        v = guided(model, state, t, *guidance)
+        v = guided(model, state, t, y, **guidance)
         slope = v
         if solver == "heun":
             ahead = [x + h * d for x, d in zip(state, v)]
-            slope = [(a + b) / 2 for a, b in zip(v, guided(model, ahead, after, *guidance))]
-        elif solver == "ab2" and before is not None:
+            slope = [(a + b) / 2 for a, b in zip(v, guided(model, ahead, after, y, **guidance))]
+        elif solver == "ab2" and before:
             slope = [a + (a - b) * (h / h_before / 2) for a, b in zip(v, before)]
         state = [x + h * d for x, d in zip(state, slope)]
         before = v
@@ -444,26 +440,20 @@ def ode(model, noise, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 1.0), 
 
 
 def velocity_to_score(v, x, t):
-    """The score at x_t: minus the expected noise, x - t v, over 1 - t (SiT, appendix A)."""
+    """At x_t: minus the expected noise, x - t v, over 1 - t (SiT, appendix A)."""
     return (t * v - x) / (1 - t)
 
 
-def sde(model, noise, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cls_noise=None, cls_cfg_scale=0.0,
-        generator=None, guide=None):
+def sde(model, noise, y, num_steps=250, cls_noise=None, draw=torch.randn_like, **guidance):
     """REG's Euler-Maruyama: latents, as by `ode`, along dx = (v + (1 - t) score) dt + sqrt(2 (1 - t)) dW, at times
-    linspace(0, 0.96, num_steps) and then 1, in float64: num_steps evaluations, all but the last followed by noise.
-    `generator`: a torch.Generator, or a callable that gives noise like its argument."""
-    def draw(like):
-        if callable(generator):
-            return generator(like)
-        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-
+    linspace(0, 0.96, num_steps) and then 1, in float64. All but the last of num_steps evaluations are followed by noise
+    that `draw` gives like its argument."""
     state = [s.double() for s in (noise, cls_noise) if s is not None]
     times = torch.linspace(0, 0.96, num_steps, dtype=torch.float64).tolist() + [1.0]
     for t, after in zip(times, times[1:]):
         h = after - t
         # guiding velocities guides drifts, which are affine in them
-        v = guided(model, state, t, y, cfg_scale, cfg_interval, None, cls_cfg_scale, guide)
+        v = guided(model, state, t, y, **guidance)
         state = [x + h * (d + (1 - t) * velocity_to_score(d, x, t)) for x, d in zip(state, v)]
         if after < 1:
             state = [x + (2 * (1 - t) * h) ** 0.5 * draw(x) for x in state]
@@ -471,8 +461,7 @@ def sde(model, noise, y, num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 1.0), 
 
 
 class ImageNoise:
-    """Gaussian noise that depends on (seed, image index) alone: each image has its own stream, on the CPU. Called with
-    a tensor [B, ...]: the next numbers of every stream, like it."""
+    """Gaussian noise of (seed, image index) alone. Called with a tensor [B, ...]: each image's next, like it."""
 
     def __init__(self, seed, indices):
         self.generators = []
@@ -487,7 +476,7 @@ class ImageNoise:
 
 @dataclass
 class Sampling:
-    """What `generate` reads of sample.py's Config."""
+    """What `generate` reads of a Config."""
     seed: int = 0
     solver: str = "euler"
     num_steps: int = 250
@@ -500,22 +489,21 @@ class Sampling:
 
 @torch.no_grad()
 def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, rows=16):
-    """Images [B, 3, H, W] in [-1, 1] of classes y [B]; image i depends on (cfg.seed, indices[i]) and its class, not on
-    its batch: at least `rows` are computed, since BLAS rounds otherwise for a handful, and a compiled model wants one
-    size. mean, std [C]: the latents'."""
+    """Images [B, 3, H, W] in [-1, 1] of classes y [B], by the latents' mean, std [C]. Image i depends on (cfg.seed,
+    indices[i]) and its class, not its batch: at least `rows` are computed, as BLAS rounds otherwise for a handful."""
     device = world.device
     some = np.arange(max(rows, len(y))) % len(y)
     noise = ImageNoise(cfg.seed, np.asarray(indices)[some])
     x = noise(torch.empty(len(some), model.in_channels, model.input_size, model.input_size, device=device))
     cls = noise(torch.empty(len(some), model.cls_dim, device=device)) if model.cls_dim else None
-    shared = dict(num_steps=cfg.num_steps, cfg_scale=cfg.cfg_scale, cfg_interval=cfg.cfg_interval, cls_noise=cls,
-                  cls_cfg_scale=cfg.cls_cfg_scale, guide=guide)
+    labels = y[some].to(device)
+    shared = dict(cfg_scale=cfg.cfg_scale, cfg_interval=cfg.cfg_interval, cls_cfg_scale=cfg.cls_cfg_scale, guide=guide)
     with world.autocast():
         if cfg.solver == "sde":
-            z = sde(model, x, y[some].to(device), generator=noise, **shared)  # [B, C, S, S]
+            z = sde(model, x, labels, cfg.num_steps, cls, noise, **shared)  # [B, C, S, S]
         else:
-            z = ode(model, x, y[some].to(device), timestep_shift=cfg.timestep_shift, cfg_channels=cfg.cfg_channels,
-                    solver=cfg.solver, **shared)
+            shared["cfg_channels"] = cfg.cfg_channels
+            z = ode(model, x, labels, cfg.num_steps, cfg.timestep_shift, cls, cfg.solver, **shared)
     z = z * std.to(device).view(-1, 1, 1) + mean.to(device).view(-1, 1, 1)
     return tokenizer.decode(z[:max(16, len(y))]).float()[:len(y)]
 
@@ -524,22 +512,20 @@ def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, ro
 # Checkpoints, ours and official
 
 def turn_round(weights):
-    """REPA and REG learn v = noise - data, time from data to noise. The same function in our direction is an exact
-    change of weights: the outputs' signs, and in the time embedding cos((1-t)f) = cos(f) cos(tf) + sin(f) sin(tf),
-    likewise the sine."""
+    """REPA and REG learn v = noise - data, time from data to noise. Our direction is an exact change of weights: the
+    outputs' signs, and in the time embedding cos((1-t)f) = cos(f) cos(tf) + sin(f) sin(tf), likewise the sine."""
     cos = FREQUENCIES.cos()
     sin = FREQUENCIES.sin()
     a, b = weights["t_embedder.mlp.0.weight"].double().chunk(2, 1)  # of the cosines, of the sines
     turned = {**weights, "t_embedder.mlp.0.weight": torch.cat((a * cos + b * sin, a * sin - b * cos), 1).to(a)}
     for key, value in weights.items():
-        if key.startswith(("final_layer.linear.", "final_layer.linear_cls.")):
+        if key.startswith("final_layer.linear"):
             turned[key] = -value
     return turned
 
 
 def official_arch(weights):
-    """The DiT arguments of a LightningDiT, REPA or REG state dict, from its keys and shapes; what these do not tell
-    (head counts without QK norm, the projection's depth) is the published models'."""
+    """The DiT arguments that an official state dict shows; heads, without QK norm, are the published models'."""
     shape = {key: tuple(value.shape) for key, value in weights.items()}
     D, channels, p, _ = shape["x_embedder.proj.weight"]
     sit = "blocks.0.mlp.fc1.weight" in shape
@@ -549,8 +535,7 @@ def official_arch(weights):
         num_classes=shape["y_embedder.embedding_table.weight"][0] - 1,
         mlp_hidden=shape["blocks.0.mlp.fc2.weight" if sit else "blocks.0.mlp.w3.weight"][1],
         qk_norm="blocks.0.attn.q_norm.weight" in shape, cls_dim=shape.get("cls_projectors2.weight", (0, 0))[1],
-        projector_dim=shape.get("projectors.0.0.weight", (2048,))[0],
-        z_dim=shape.get("projectors.0.4.weight", (0,))[0],
+        projector_dim=shape.get("projectors.0.0.weight", (2048,))[0], z_dim=shape.get("projectors.0.4.weight", (0,))[0],
         num_heads={width: heads for _, width, heads in SIZES.values()}.get(D, D // 64))
     if arch["qk_norm"]:
         arch["num_heads"] = D // shape["blocks.0.attn.q_norm.weight"][0]
@@ -560,11 +545,10 @@ def official_arch(weights):
 
 
 def load_diffusion(path, **overrides):
-    """A DiT with the EMA weights, in eval mode on the CPU, of a checkpoint of ours or an official LightningDiT, REPA or
-    REG file ({"ema": ...}, {"model": ...} or a bare state dict), in our time whatever the file's. `overrides` are DiT
-    arguments that an official file does not tell (num_heads, encoder_depth, input_size). `model.about`: what else ours
-    says (latent_mean, latent_std, tokenizer, classes, step, config). UserError for a missing file, another kind of
-    file, left-over or missing keys."""
+    """A DiT with the EMA weights, in eval mode on the CPU, of our checkpoint or an official LightningDiT, REPA or REG
+    file ({"ema": ...}, {"model": ...} or a bare state dict), in our time. `overrides`: what an official file does not
+    tell (num_heads, encoder_depth, input_size). `model.about`: what else ours says (latent_mean, latent_std, tokenizer,
+    classes, step, config). UserError for other files."""
     entries = load_weights(path)
     about = {}
     if entries.get("kind", "diffusion") != "diffusion":
@@ -583,9 +567,9 @@ def load_diffusion(path, **overrides):
             arch = official_arch(state)
             state = turn_round(state) if arch["arch"] == "sit" else state
         except (KeyError, ValueError) as error:
-            raise UserError(f"{path} is no LightningDiT, REPA or REG model: it lacks or misshapes {error}")
+            raise UserError(f"{path} is no LightningDiT, REPA or REG: it lacks {error}")
         state.pop("pos_embed", None)
-    with torch.device("meta"):  # the weights come from the file
+    with torch.device("meta"):
         model = DiT(**{**arch, **overrides})
     load_state(model, {key: value.float() for key, value in state.items()}, str(path), assign=True)
     model.about = about
@@ -596,69 +580,71 @@ def load_diffusion(path, **overrides):
 # Training
 
 def model_arch(cfg, channels, side, num_classes, vfm_dim):
-    """The DiT arguments that the flags ask for; vfm_dim: width of the tokens to align with."""
+    """The DiT arguments that the flags ask for; vfm_dim: width of the tokens to align with, or 0."""
     depth, width, heads = SIZES[cfg.model]
     depth = cfg.depth or depth
-    if cfg.align != "none" and cfg.encoder_depth > depth:
+    if vfm_dim and cfg.encoder_depth > depth:
         raise UserError(f"--encoder_depth={cfg.encoder_depth} of {depth} blocks")
-    return dict(input_size=side, in_channels=channels, patch_size=cfg.patch_size, hidden_size=cfg.hidden_size or width,
-                depth=depth, num_heads=cfg.num_heads or heads, num_classes=num_classes, arch=cfg.arch,
-                qk_norm=cfg.qk_norm, cls_dim=vfm_dim if cfg.align == "reg" else 0, z_dim=vfm_dim,
-                projector_dim=cfg.projector_dim, encoder_depth=cfg.encoder_depth)
+    arch = dict(
+        input_size=side, in_channels=channels, patch_size=cfg.patch_size, hidden_size=cfg.hidden_size or width,
+        depth=depth, num_heads=cfg.num_heads or heads, num_classes=num_classes, arch=cfg.arch, qk_norm=cfg.qk_norm,
+        cls_dim=vfm_dim if cfg.align == "reg" else 0, z_dim=vfm_dim, projector_dim=cfg.projector_dim,
+        encoder_depth=cfg.encoder_depth)
+    with torch.device("meta"):
+        DiT(**arch)  # complains now, not after hours of encoding
+    return arch
 
 
 def build(cfg, world, arch, saved=None):
-    """(model, it wrapped for several processes, its EMA, optimizer), from a checkpoint's entries if `saved`."""
+    """(model, it for several processes, its EMA, optimizer), from a checkpoint's entries if `saved`."""
     seed_step(cfg.seed, -1)
-    model = DiT(**arch)
+    model = DiT(**arch).to(world.device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if saved:
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
     model.checkpointing = cfg.checkpointing
     cuda = world.device.type == "cuda"
-    model = model.to(world.device).train()
-    ema = ema.to(world.device)
     if cfg.compile:
-        # alone: one graph; else one for all blocks: gradients leave and weights arrive block by block
+        # among several processes gradients leave and weights arrive block by block: one graph for all blocks
         for module in [model] if world.size == 1 and not cfg.fsdp else model.blocks:
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
     parallel = model
     if cfg.fsdp:
         policy = MixedPrecisionPolicy(torch.bfloat16 if cuda else None, torch.float32, cast_forward_inputs=False)
-        for part in (*model.blocks, model, *ema.blocks, ema):  # the EMA's root, too: it has no backward pass
+        for part in (*model.blocks, model, *ema.blocks, ema):
             fully_shard(part, mp_policy=policy, reshard_after_forward=True)
     elif world.size > 1:
-        parallel = DistributedDataParallel(model, device_ids=[world.device] if cuda else None,
-                                           gradient_as_bucket_view=True, broadcast_buffers=False)  # they are constants
+        devices = [world.device] if cuda else None
+        parallel = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=0, fused=True)
     if saved:
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+        set_optimizer_state_dict(
+            model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
     return model, parallel, ema, optimizer
 
 
 def full_state(model, ema, optimizer):
-    """Plain CPU state dicts, whatever the sharding; under FSDP empty but on rank 0."""
+    """Plain CPU state dicts; if sharded, on rank 0 alone."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return dict(model=weights, ema=get_model_state_dict(ema, options=options), optimizer=moments)
 
 
 def update_ema(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model; the buffers are constants."""
+    """ema <- decay ema + (1 - decay) model. The buffers are constants."""
     torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
 
 
 def learning_rate(cfg, step):
-    rate = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+    rate = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
     if cfg.cooldown:
         rate = min(rate, cfg.lr * (cfg.steps - step) / (cfg.cooldown * cfg.steps))
     return rate
 
 
 def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
-    """One optimizer step on `accumulate` batches dict(latents, labels, tokens or None) -> this process's losses."""
+    """One optimizer step on batches dict(latents, labels, tokens) -> this process's losses."""
     weights = dict(velocity=1.0, cosine=cfg.cosine_weight, cls=cfg.cls_weight, repa=cfg.repa_weight)
     optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
     totals = {}
@@ -682,16 +668,16 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
             totals[name] = totals.get(name, 0) + value.detach() / cfg.accumulate
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     if cfg.fsdp:
-        ema.reshard()  # sampling may have left its root whole
+        ema.reshard()  # sampling leaves its root whole
         norm = norm.full_tensor()
     update_ema(ema, model, cfg.ema)
     return dict(totals, grad_norm=norm)
 
 
 def normalise_rows(rows, mean, std):
-    """Rows of the cache -> dict(latents: normalised, labels, tokens) on the device of mean, std [C, 1, 1], float32."""
+    """Rows of the cache -> dict(latents, labels, tokens or None), float32, where mean, std [C, 1, 1] are."""
     rows = {name: value.to(mean.device, non_blocking=True) for name, value in rows.items()}
     tokens = rows["features"].float() if "features" in rows else None  # [B, (1 +) N, D]
     return dict(latents=(rows["latents"].float() - mean) / std, labels=rows["labels"], tokens=tokens)
@@ -699,29 +685,29 @@ def normalise_rows(rows, mean, std):
 
 @torch.no_grad()
 def validate(model, val, mean, std, world, batch):
-    """Mean losses on held-out latents; comparable: times and noises depend on the image's number alone."""
-    mine = torch.arange(len(val) // world.size * world.size)[world.rank::world.size]
+    """Mean losses on held-out latents, with times and noises of the image's number alone."""
+    mine = torch.arange(world.rank, len(val) // world.size * world.size, world.size)
     totals = {}
     for index in mine.split(batch):
         data = normalise_rows(val.read(index, 0 * index), mean, std)
         noise = ImageNoise(0, index)
-        t = (index.double() * 0.6180339887498949 % 1).float().to(world.device)  # golden ratio: even over [0, 1]
+        t = (index.double() * 0.6180339887498949 % 1).float().to(world.device)  # golden ratio: evenly
         cls_noise = noise(data["tokens"][:, 0]) if model.cls_dim else None
         with world.autocast():
-            losses = flow_losses(model, data["latents"], data["labels"], t, noise(data["latents"]), data["tokens"],
-                                 cls_noise)
+            losses = flow_losses(
+                model, data["latents"], data["labels"], t, noise(data["latents"]), data["tokens"], cls_noise)
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.sum() / len(mine)
     return {f"val_{name}": world.mean(value) for name, value in totals.items()}
 
 
 def train(cfg, world):
-    """All of `diffusion.py`: caches the latents, trains or goes on -> OUT/diffusion.pt, OUT/log.jsonl, OUT/grids."""
+    """Caches the latents, trains or goes on -> OUT/diffusion.pt, OUT/log.jsonl, OUT/grids."""
     out = Path(cfg.out)
     path = out / "diffusion.pt"
-    tokenizer_path = cfg.tokenizer or str(out / "tokenizer.pt")
+    tokenizer_path = cfg.tokenizer or f"{out}/tokenizer.pt"
     if not os.path.exists(tokenizer_path):
-        raise UserError(f"no tokenizer at {tokenizer_path}: run tokenizer.py first, or give --tokenizer")
+        raise UserError(f"no {tokenizer_path}: run tokenizer.py first, or give --tokenizer")
 
     # data
     tokenizer = load_tokenizer(tokenizer_path).to(world.device)
@@ -730,7 +716,7 @@ def train(cfg, world):
     held_out = open_data(cfg, "val", size)
     classes = list(images.classes)
     if list(held_out.classes) != classes:
-        raise UserError(f"{cfg.data}: val has other classes than train")
+        raise UserError(f"{cfg.data}: val's classes are not train's")
     vfm = None
     if cfg.align != "none":
         vfm = load_vfm(cfg.align_vfm, cfg.cache).to(world.device)
@@ -741,14 +727,15 @@ def train(cfg, world):
     grid = side // cfg.patch_size
     folder = Path(cfg.latents or out / "latents")
     shared = dict(dtype=cfg.cache_dtype, grid=grid, batch=cfg.encode_batch, workers=cfg.workers)
-    on_the_fly = vfm is not None and not cfg.cache_features
+    on_the_fly = vfm and not cfg.cache_features
     latents = cache_latents(folder / "train", tokenizer, images, world, vfm=None if on_the_fly else vfm, **shared)
-    latents.images = images if on_the_fly else None
+    if on_the_fly:
+        latents.images = images
     some = np.linspace(0, len(held_out) - 1, min(cfg.val_images, len(held_out))).astype(int)
     val = cache_latents(folder / "val", tokenizer, held_out, world, some, vfm=vfm, **shared)
     mean, std = (values.view(-1, 1, 1).to(world.device) for values in (latents.mean, latents.std))
 
-    # the model, maybe resumed
+    # the model
     origin = latents.meta["arrays"]["latents"]["of"]
     start = 0
     saved = load_checkpoint(path, "diffusion") if cfg.resume and path.exists() else None
@@ -758,24 +745,24 @@ def train(cfg, world):
         then = {**saved["config"], **saved["arch"], "latents": saved["latents"]}
         changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
         if changed:
-            raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
+            raise UserError(f"{path} is another run's ({'; '.join(changed)}): --resume=0 or another --out")
     model, parallel, ema, optimizer = build(cfg, world, arch, saved)
     del saved
     if world.rank == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         epochs = cfg.steps * cfg.batch_size / len(images)
-        print(f"{millions:.1f} M parameters; {cfg.steps:,} steps of {cfg.batch_size:,} = {epochs:.1f} epochs of "
-              f"{len(images):,} images; from step {start:,}", flush=True)
+        print(f"{millions:.1f} M parameters; {epochs:.1f} epochs; from step {start:,}", flush=True)
 
     def save(step):
         entries = full_state(model, ema, optimizer)
         if world.rank == 0:
-            entries.update(kind="diffusion", config=asdict(cfg), arch=arch, latent_mean=latents.mean,
-                           latent_std=latents.std, latents=origin, tokenizer=tokenizer_path, classes=classes,
-                           image_size=size, step=step, images=step * cfg.batch_size)
-            save_checkpoint(path, **entries)
-            if cfg.keep:
+            entries.update(
+                kind="diffusion", config=asdict(cfg), arch=arch, latent_mean=latents.mean, latent_std=latents.std,
+                latents=origin, tokenizer=tokenizer_path, classes=classes, image_size=size, step=step,
+                images=step * cfg.batch_size)
+            if cfg.keep:  # first: a kill must not leave a gap
                 save_checkpoint(out / f"diffusion-{step}.pt", **entries)
+            save_checkpoint(path, **entries)
 
     def picture(step):
         columns = min(len(classes), 10)
@@ -783,15 +770,16 @@ def train(cfg, world):
         sampling = Sampling(seed=cfg.seed, solver="ab2", num_steps=20, cfg_scale=3.0)
         pictures = generate(ema, tokenizer, latents.mean, latents.std, range(len(y)), y, sampling, world)
         if world.rank == 0:
-            save_grid(pictures, out / "grids" / f"diffusion-{step:07d}.png", columns, [classes[i] for i in y])
+            save_grid(pictures, out / f"grids/diffusion-{step:07d}.png", columns, [classes[i] for i in y])
 
     def due(step, interval):
         return step == cfg.steps or interval > 0 and step % interval == 0
 
-    # the loop. A loader draws a random number when it starts, which must not happen within a step
+    # the loop. A loader draws a random number as it starts: not within a step
     order = step_batches(len(images), cfg.batch_size, cfg.seed, start, cfg.steps, world, cfg.accumulate)
-    loader = iter(DataLoader(latents, batch_sampler=order, collate_fn=dict, num_workers=cfg.workers,
-                             pin_memory=world.device.type == "cuda"))
+    cuda = world.device.type == "cuda"
+    loader = DataLoader(latents, batch_sampler=order, collate_fn=dict, num_workers=cfg.workers, pin_memory=cuda)
+    loader = iter(loader)
 
     def next_batch():
         rows = next(loader)
@@ -810,13 +798,13 @@ def train(cfg, world):
         log.bar.update()
         if due(done, cfg.val_interval):
             losses.update(validate(ema, val, mean, std, world, cfg.encode_batch))
-        if any(due(done, interval) for interval in (cfg.log_interval, cfg.val_interval, cfg.save_interval)):
+        if due(done, cfg.log_interval) or due(done, cfg.val_interval) or due(done, cfg.save_interval):
             losses = {name: world.mean(value.clone()) for name, value in losses.items()}
-            log.write(done, done * cfg.batch_size, lr=optimizer.param_groups[0]["lr"],
-                      epoch=done * cfg.batch_size / len(images), **losses)
-            # what is saved was looked at: an infinite norm has just made the weights NaN
+            seen = done * cfg.batch_size
+            log.write(done, seen, lr=optimizer.param_groups[0]["lr"], epoch=seen / len(images), **losses)
+            # an infinite norm makes the weights NaN: look before saving
             if not all(math.isfinite(losses[key]) for key in ("loss", "grad_norm")):
-                raise UserError(f"loss or gradients are not finite at step {done}; {path} is as it was. A lower --lr?")
+                raise UserError(f"loss or gradients are not finite at step {done}; a lower --lr?")
         if cfg.sample_interval and due(done, cfg.sample_interval):
             picture(done)
         if due(done, cfg.save_interval):
@@ -827,13 +815,14 @@ def train(cfg, world):
 
 
 def bench(cfg, world):
-    """Times `--bench` training steps on random latents."""
+    """Times training steps on random latents."""
     dim = load_vfm(cfg.align_vfm, pretrained=False).embed_dim if cfg.align != "none" else 0
     parts = build(cfg, world, model_arch(cfg, 32, 16, 1000, dim))
     n = cfg.batch_size // world.size // cfg.accumulate
-    device = world.device
-    batch = dict(latents=torch.randn(n, 32, 16, 16, device=device), labels=torch.randint(1000, (n,), device=device),
-                 tokens=torch.randn(n, 1 + parts[0].grid ** 2, dim, device=device) if dim else None)
+    with world.device:
+        tokens = torch.randn(n, 1 + parts[0].grid ** 2, dim)
+        batch = dict(latents=torch.randn(n, 32, 16, 16), labels=torch.randint(1000, (n,)), tokens=tokens)
+
     def step():
         train_step(*parts, [batch] * cfg.accumulate, cfg, world, 0)
 
@@ -844,20 +833,19 @@ def bench(cfg, world):
 # -----------------------------------------------------------------------------
 # The latent cache: memory-mapped arrays whose row 2 i is image i, 2 i + 1 its mirror image
 
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # PyTorch's, of read-only maps
-# NumPy has no bfloat16: its bits
-DTYPES = dict(bf16=(torch.bfloat16, np.uint16), fp16=(torch.float16, np.float16), fp32=(torch.float32, np.float32))
+DTYPES = dict(  # NumPy has no bfloat16: its bits
+    bf16=(torch.bfloat16, np.uint16), fp16=(torch.float16, np.float16), fp32=(torch.float32, np.float32))
 
 
 def vfm_tokens(vfm, images, grid):
-    """The VFM's last tokens [B, (1 +) grid^2, D] of images in [-1, 1], one for each of the DiT's (as REPA)."""
+    """The VFM's last tokens [B, (1 +) grid^2, D] of images in [-1, 1]."""
     side = grid * vfm.patch_size
     return vfm(vfm.resize(images, (side, side)), cls=True)[0].float()
 
 
 class Latents(Dataset):
-    """A finished cache: `arrays` [2 n, ...] (latents, maybe features), memory-mapped; `labels` [n]; the latents'
-    `mean`, `std` [C]; `images`, where set, whose pixels are given, too. It is asked for a batch of `step_batches`."""
+    """A finished cache, for batches of `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `labels` [n], the
+    latents' `mean`, `std` [C]. The pixels of `images`, where set, are given, too."""
     images = None
 
     def __init__(self, folder, names):
@@ -872,38 +860,38 @@ class Latents(Dataset):
         return len(self.labels)
 
     def read(self, index, mirror):
-        """{name: rows, "labels": classes} of images `index` [B], of their mirror images where `mirror` [B] is 1."""
+        """{name: rows, "labels": [B]} of images `index` [B], mirrored where `mirror` [B] is 1."""
         rows = {name: array.index_select(0, 2 * index + mirror) for name, array in self.arrays.items()}
         return dict(rows, labels=self.labels[index])
 
     def __getitems__(self, items):  # mirrored where Images(flip=True) mirrors for the same key
-        mirror = [np.random.default_rng(key).uniform() < 0.5 for _, key in items]
-        rows = self.read(torch.tensor([index for index, _ in items]), torch.tensor(mirror).long())
+        mirror = [int(np.random.default_rng(key).uniform() < 0.5) for _, key in items]
+        rows = self.read(torch.tensor([index for index, _ in items]), torch.tensor(mirror))
         if self.images is not None:
             rows["pictures"] = torch.stack([self.images[item][0] for item in items])
         return rows
 
 
 def mapped(folder, name, dtype):
-    """An array as a tensor, read-only: a private writable mapping would be charged against memory."""
+    """As a tensor; read-only, as a private writable mapping would be charged against memory."""
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # PyTorch's
     return torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r")).view(DTYPES[dtype][0])
 
 
-def cache_latents(folder, tokenizer, images, world, indices=None, dtype="bf16", vfm=None, grid=None, batch=100,
-                  workers=0):
-    """The Latents of `images` (those at `indices`) in `folder`, encoded unless they are there; with `vfm` its tokens
-    for a DiT of grid x grid tokens, too ("features"). meta.json says what each array was made of: those of another
-    tokenizer, VFM, data set or precision are made anew. done.npy has a flag an image, set after its rows are on disk:
-    after a kill the rest is encoded. Last, meta.json gets the statistics and is marked complete."""
+def cache_latents(
+        folder, tokenizer, images, world, indices=None, dtype="bf16", vfm=None, grid=None, batch=100, workers=0):
+    """The Latents of `images` (at `indices`) in `folder`, encoded unless they are there; with `vfm` its grid x grid
+    tokens, too ("features"). meta.json says what arrays are made of: those of another tokenizer, VFM, data set or
+    precision are made anew. done.npy flags the images whose rows are on disk: after a kill the rest is encoded."""
     folder = Path(folder)
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-    names = ["latents"] + ["features"] * (vfm is not None)
+    names = ["latents", "features"] if vfm else ["latents"]
     if world.rank == 0:
         origin = fingerprint(tokenizer, *describe_images(images, indices))
         side = images.size // tokenizer.downsample
         shape = [2 * len(indices), tokenizer.z_dim, side, side]
         wanted = dict(latents=dict(shape=shape, dtype=dtype, of=origin))
-        if vfm is not None:
+        if vfm:
             shape = [shape[0], (vfm.cls_token is not None) + grid ** 2, vfm.embed_dim]
             wanted["features"] = dict(shape=shape, dtype=dtype, of=fingerprint(vfm, origin))
         open_cache(folder, wanted, np.asarray(images.labels)[indices].astype(np.int64))
@@ -915,28 +903,23 @@ def cache_latents(folder, tokenizer, images, world, indices=None, dtype="bf16", 
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}
     done = np.load(folder / "done.npy", mmap_mode="r+")
     mine = np.array_split(np.flatnonzero(done == 0), world.size)[world.rank]
-    world.barrier()  # everyone has read the flags before anyone sets one
+    world.barrier()  # all have read the flags
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     loader = make_loader(images, [indices[part].tolist() for part in parts], world, workers)
-    bar = tqdm(total=len(mine), desc=f"latents {folder.name}", disable=world.rank > 0)
-    low, bits = DTYPES[dtype]
-    for part, (pixels, _) in zip(parts, loader):
+    for (pixels, _), part in zip(tqdm(loader, f"latents {folder.name}", disable=world.rank > 0), parts):
         x = to_float(pixels.to(world.device))
         x = torch.cat((x, x.flip(-1)))  # [2 b, 3, S, S]: images, then mirror images
         with torch.inference_mode():
-            values = dict(latents=tokenizer.encode(x)[0])  # not in bf16: they are kept for good
-            if vfm is not None:
+            values = dict(latents=tokenizer.encode(x)[0])  # in float32
+            if vfm:
                 with world.autocast():
                     values["features"] = vfm_tokens(vfm, x, grid)
         for name, array in arrays.items():
-            rows = values[name].to("cpu", low).contiguous().view(torch.uint8).numpy().view(bits)
-            array[2 * part] = rows[:len(part)]
-            array[2 * part + 1] = rows[len(part):]
+            rows = torch.from_numpy(array).view(DTYPES[dtype][0])
+            rows[2 * part], rows[2 * part + 1] = values[name].to("cpu", rows.dtype).chunk(2)
             array.flush()
         done[part] = 1
         done.flush()
-        bar.update(len(part))
-    bar.close()
     world.barrier()
     if world.rank == 0:
         mean, std = latent_statistics(mapped(folder, "latents", dtype))
@@ -946,7 +929,7 @@ def cache_latents(folder, tokenizer, images, world, indices=None, dtype="bf16", 
 
 
 def describe_images(images, indices):
-    """Which images these are: names and sizes of files, labels, the pixels of 16 of them."""
+    """Names and sizes of files, labels, the pixels of 16."""
     files = len(images)
     if isinstance(images.source, np.ndarray):  # paths
         files = [(Path(os.fsdecode(path)).parts[-2:], os.stat(path).st_size) for path in images.source]
@@ -955,7 +938,7 @@ def describe_images(images, indices):
 
 
 def open_cache(folder, wanted, labels):
-    """Makes the folder's arrays those `wanted`, empty, unless it has them, finished or not."""
+    """Makes the arrays `wanted`, empty, unless the folder has them, finished or not."""
     meta = read_json(folder / "meta.json")
     arrays = meta.get("arrays", {})
     if arrays == wanted or meta.get("complete") and wanted.items() <= arrays.items():
@@ -963,11 +946,11 @@ def open_cache(folder, wanted, labels):
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         if "arrays" not in meta:
-            raise UserError(f"{folder} holds something else than latents: another --latents")
-        print(f"{folder} is of another tokenizer, data set or format: encoding anew")
+            raise UserError(f"{folder} holds something else: another --latents")
+        print(f"{folder} is of another tokenizer or data set: encoding anew")
         for path in folder.glob("*.npy"):
             path.unlink()
-    write_json(folder / "meta.json", dict(arrays={}, complete=False))  # marks the folder as ours
+    write_json(folder / "meta.json", dict(arrays={}, complete=False))  # it is ours
     size = sum(math.prod(spec["shape"]) * DTYPES[spec["dtype"]][0].itemsize for spec in wanted.values()) / 1e9
     free = shutil.disk_usage(folder).free / 1e9
     if size > free:
@@ -980,7 +963,7 @@ def open_cache(folder, wanted, labels):
 
 
 def latent_statistics(latents):
-    """mean, std [C] of [n, C, h, w] over positions and at most 20,000 rows (LightningDiT: 10,000 images)."""
+    """mean, std [C] of [n, C, h, w], of 20,000 rows at most (LightningDiT's 10,000 images, twice)."""
     mean = 0
     squares = 0
     count = min(len(latents), 20_000)
@@ -991,17 +974,14 @@ def latent_statistics(latents):
     std = (squares - mean.square()).clamp(min=0).sqrt()
     bad = torch.where(~((std > 0) & std.isfinite()))[0].tolist()
     if bad:
-        raise UserError(f"channels {bad} of the latents are constant or not finite")
+        raise UserError(f"the latents' channels {bad} are constant or not finite")
     return mean, std
 
 
 def run():
     cfg = parse_config(Config, PRESETS)
-    world = init_world()
-    if cfg.bench:
-        bench(cfg, world)
-    else:
-        train(cfg, world)
+    action = bench if cfg.bench else train
+    action(cfg, init_world())
 
 
 if __name__ == "__main__":

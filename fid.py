@@ -1,15 +1,13 @@
 """
-Judges images with the arithmetic of OpenAI's ADM evaluator, so that the numbers can stand beside the papers'.
+Judges images with the arithmetic of OpenAI's ADM evaluator, as the papers do.
 
-    python fid.py                                       # the toy's out/samples beside what bounds them
-    python fid.py SAMPLES REFERENCE                     # FID, sFID, IS, precision, recall; folders or .npz (arr_0)
-    python fid.py out/samples.npz VIRTUAL_imagenet256_labeled.npz          # ADM's statistics
-    python fid.py SAMPLES REFERENCE --metrics=fid --features=dinov2_vitl14 # on another network's features
-    python fid.py RECONSTRUCTIONS ORIGINALS --pairs=1   # PSNR, SSIM, LPIPS of the images of equal names
-    python fid.py --tokenizer=out/tokenizer.pt          # PSNR, SSIM, LPIPS, rFID, equivariance on held-out images
-    torchrun --nproc_per_node=8 fid.py SAMPLES REFERENCE
+    python fid.py  # the toy's out/samples beside what bounds them
+    python fid.py SAMPLES REFERENCE  # FID, sFID, IS, precision, recall; folders, .npz (arr_0), ADM's statistics
+    python fid.py SAMPLES REFERENCE --metrics=fid --features=dinov2_vitl14  # another network's features
+    python fid.py RECONSTRUCTIONS ORIGINALS --pairs=1  # PSNR, SSIM, LPIPS of images of equal names
+    python fid.py --tokenizer=out/tokenizer.pt  # PSNR, SSIM, LPIPS, rFID, equivariance on held-out images
 
-A reference's statistics are kept beside it (REFERENCE.inception.npz), which may itself be the reference.
+A reference's statistics are kept beside it (REFERENCE.inception.npz; a reference, too).
 FID: arXiv 1706.08500; sFID: 2103.03841; IS: 1606.03498; precision and recall: 1904.06991; the evaluator:
 github.com/openai/guided-diffusion.
 """
@@ -32,46 +30,46 @@ from torch.utils.data import DataLoader
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
 from tqdm import tqdm
 
-from tokenizer import (LPIPS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint,
-                       init_world, list_images, load_checkpoint, load_rgb, load_state, load_tokenizer, load_vfm,
-                       load_weights, main, open_data, parse_config, psnr, read_json, replacing, save_checkpoint,
-                       shrink, ssim, to_float, to_uint8, train_on_shapes, write_json)
+from tokenizer import (
+    LPIPS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint, init_world,
+    list_images, load_checkpoint, load_rgb, load_state, load_tokenizer, load_vfm, load_weights, main, open_data,
+    parse_config, psnr, read_json, replacing, save_checkpoint, shrink, ssim, to_float, to_uint8, train_on_shapes,
+    write_json)
 
 
 @dataclass
 class Config:
-    preset: str = ""            # imagenet or toy; imagenet where there is CUDA and data/imagenet/train
-    samples: str = ""           # folder or .npz of images; empty: OUT/samples
+    preset: str = ""  # imagenet (where there is CUDA and data/imagenet/train) or toy
+    samples: str = ""  # folder or .npz of images; empty: OUT/samples
     reference: str = "data/imagenet/VIRTUAL_imagenet256_labeled.npz"  # folder, .npz, ADM's statistics; empty: the toy
-    metrics: str = ""           # of fid,sfid,is,precision,recall, with --pairs=1 of psnr,ssim,lpips; empty: all
-    features: str = ""          # inception, toy (a small classifier), a VFM's name or file; empty: toy for shapes alone
-    inception: str = ""         # file of the Inception weights; empty: fetch pytorch-fid's
-    pairs: bool = False         # PSNR, SSIM, LPIPS of the images of equal names in two folders
-    lpips_weights: str = ""     # files of VGG16 and LPIPS, comma-separated; empty: fetch the public ones
-    tokenizer: str = ""         # evaluate this checkpoint, ours or an official one, on held-out images
-    data: str = ""              # ... of this data set, as tokenizer.py's; empty: of what it was trained on
-    data_dir: str = "data"      # ... where torchvision's data sets lie
-    download: bool = False      # ... let torchvision download them
-    images: Positive = 50_000   # ... at most so many
-    image_size: int = 0         # crop to this size as ADM does; 0: as the images are, or the tokenizer's
+    metrics: str = ""  # of fid,sfid,is,precision,recall, or of pairs' psnr,ssim,lpips; empty: all
+    features: str = ""  # inception, toy (its classifier), a VFM's name or file; empty: toy for shapes alone
+    inception: str = ""  # file of its weights; empty: fetch pytorch-fid's
+    pairs: bool = False  # PSNR, SSIM, LPIPS of equal names in two folders
+    lpips_weights: str = ""  # files of VGG16 and LPIPS, comma-separated; empty: fetch the public ones
+    tokenizer: str = ""  # judge this one, ours or official, on held-out images
+    data: str = ""  # ... of this data set, as tokenizer.py's; empty: of what it was trained on
+    data_dir: str = "data"  # ... folder of torchvision's data sets
+    download: bool = False  # ... them, if need be
+    images: Positive = 50_000  # ... at most so many
+    image_size: int = 0  # crop to this size as ADM does; 0: as the images are, or the tokenizer's
     batch_size: Positive = 256  # a step and process
-    workers: int = 8            # loader processes
-    out: str = "out"            # where fid.json or eval.json is written
-    cache: str = "out"          # folder of the toy's drawings, VFM and classifier, shared by all runs
+    workers: int = 8
+    out: str = "out"  # of fid.json or eval.json
+    cache: str = "out"  # the toy's drawings, VFM and classifier, shared by all runs
 
 
 PRESETS = dict(imagenet={}, toy=dict(reference="", images=2000, batch_size=64, workers=2))
 # ADM's reference: openaipublic.blob.core.windows.net/diffusion/jan-2021/ref_batches/imagenet/256/
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-SPLIT = 5000  # ADM's images per split of the Inception Score
-NEIGHBOURS = 10_000  # ADM's reference images for precision and recall
 SETS = ("fid", "sfid", "is", "precision", "recall")
 PAIRS = ("psnr", "ssim", "lpips")
-TOKENIZER = (*PAIRS, "rfid", "rotation", "scaling")
-HEADINGS = dict(sfid="sFID", precision="precision", recall="recall", rfid="rFID",
-                rotation="equivariance error, quarter turn", scaling="equivariance error, half size")
-NEEDS = dict(precision="the reference's images", recall="the reference's images", lpips="--lpips_weights",
-             scaling="another --image_size")
+HEADINGS = dict(
+    sfid="sFID", precision="precision", recall="recall", rfid="rFID", rotation="equivariance error, quarter turn",
+    scaling="equivariance error, half size")
+NEEDS = dict(
+    precision="the reference's images", recall="the reference's images", lpips="--lpips_weights",
+    scaling="another --image_size")
 
 
 # -----------------------------------------------------------------------------
@@ -81,9 +79,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (FID, arXiv 1706.08500, eq. 6), in float64.
     Means [D], covariances [D, D]. UserError for different widths or NaN.
 
-    The trace of the root is the sum of the roots of the eigenvalues of C1 C2, which are those of the symmetric
-    L^T C2 L for any L with L L^T = C1; the pivoted Cholesky factor has as many columns as C1 has rank.
-    (scipy.linalg.sqrtm of the product is NaN or wrong with some BLAS builds.)"""
+    The trace of the root sums the roots of the eigenvalues of C1 C2, which are those of the symmetric L^T C2 L for any
+    L L^T = C1, here the pivoted Cholesky factor. (scipy.linalg.sqrtm is NaN or wrong with some BLAS builds.)"""
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if sigma1.shape != sigma2.shape or not np.isfinite(mu1.sum() + mu2.sum() + sigma1.sum() + sigma2.sum()):
         raise UserError(f"covariances {sigma1.shape} and {sigma2.shape}, or NaN in them (of one image?)")
@@ -94,25 +91,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
 
 
-def inception_score(logits, splits):
-    """Logits [N, K] -> (mean, std) of the Inception Score (arXiv 1606.03498) over `splits` contiguous parts."""
-    logits = torch.as_tensor(logits)
-    split = torch.arange(len(logits), device=logits.device) * splits // len(logits)  # [N]: image i's
-    return score_of_sums(split_sums(logits, split, splits))
-
-
-def split_sums(logits, split, splits):
-    """What the Inception Score needs of logits [B, K], sums per split of 1, sum p log p, p -> [splits, 2 + K]."""
-    log_p = logits.double().log_softmax(1)  # [B, K]
-    p = log_p.exp()
-    terms = torch.cat([torch.ones_like(p[:, :1]), (p * log_p).sum(1, keepdim=True), p], 1)
-    return terms.new_zeros(splits, terms.shape[1]).index_add_(0, split, terms)
-
-
-def score_of_sums(sums):
-    """exp(mean KL(p || mean p)) of each split -> their mean and standard deviation (the population's, as ADM's)."""
-    means = sums[:, 1:] / sums[:, :1]  # [splits, 1 + K]
-    scores = (means[:, 0] + torch.special.entr(means[:, 1:]).sum(1)).exp()  # -> [splits]
+def inception_score(logits, split=5000):
+    """Logits [N, K] -> (mean, population's standard deviation) of exp(mean KL(p || mean p)) (arXiv 1606.03498) over
+    contiguous parts of `split` images, the last maybe shorter, as ADM's."""
+    scores = []
+    for part in logits.split(split):
+        log_p = part.double().log_softmax(1)  # [split, K]
+        p = log_p.exp()
+        scores.append(((p * log_p).sum(1).mean() + torch.special.entr(p.mean(0)).sum()).exp())
+    scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
 
 
@@ -129,11 +116,11 @@ def full_float32():
 
 @full_float32()
 def precision_recall(reference, samples, k=3, block=1024):
-    """Features [N, D], [M, D] -> (precision, recall) (arXiv 1904.06991): the share of samples that lie in the ball of
-    any reference image, and the reverse. A ball reaches to the k-th nearest of its own set, itself not counted."""
-    reference, samples = torch.as_tensor(reference), torch.as_tensor(samples)
+    """Features [N, D], [M, D] -> (precision, recall) (arXiv 1904.06991): the share of samples in the ball of any
+    reference image, and the reverse. A ball reaches to the k-th nearest of its own set, itself not counted."""
     centre = reference.mean(0)  # leaves distances as they are, their rounding small
-    reference, samples = reference - centre, samples - centre
+    reference = reference - centre
+    samples = samples - centre
 
     def radii(rows):  # [n, D] -> [n]; the nearest is the row itself
         return torch.cat([torch.cdist(part, rows).kthvalue(k + 1, 1).values for part in rows.split(block)])
@@ -150,8 +137,8 @@ def precision_recall(reference, samples, k=3, block=1024):
 # Features: a network(uint8 [B, 3, H, W]) -> (features [B, D], spatial [B, S] or None, logits [B, K] or None)
 
 def resize_tf1(images, size):
-    """[B, 3, H, W] -> float32 [B, 3, size, size] in the same range, as TensorFlow 1's `resize_bilinear`: output i lies
-    at i * in/out (no half-pixel shift), no antialiasing, no rounding."""
+    """[B, 3, H, W] -> float32 [B, 3, size, size], as TensorFlow 1's `resize_bilinear`: output i lies
+    at i * in/out (no half-pixel shift); no antialiasing, no rounding."""
     for dim in (2, 3):
         n = images.shape[dim]
         position = torch.arange(size, device=images.device) * n  # [size], in 1/size pixels: exact
@@ -165,7 +152,7 @@ def resize_tf1(images, size):
 
 
 def without_padding(branch_pool, inputs):
-    """A hook before `branch_pool`: torchvision's average counts the padding, TensorFlow's does not."""
+    """Hook: torchvision's average counts the padding, TensorFlow's does not."""
     pooled, = inputs  # [B, C, h, w]
     inside = F.avg_pool2d(torch.ones_like(pooled[:1, :1]), 3, 1, 1)  # each window's share of the image
     return pooled / inside
@@ -183,9 +170,9 @@ class Mixed7c(InceptionE):
 
 
 class Inception(Inception3):
-    """The Inception-v3 of 2015-12-05 with 1008 classes on which FID is defined (arXiv 1512.00567): torchvision's but
-    for its pools. net(uint8 [B, 3, H, W]) -> pool [B, 2048], spatial [B, 2023] (the first 7 channels of Mixed_6d,
-    channel last, for sFID), logits without bias [B, 1008] (for IS, as in ADM's graph)."""
+    """FID's Inception-v3 of 2015-12-05 (arXiv 1512.00567): torchvision's but for its pools. uint8 [B, 3, H, W] ->
+    pool [B, 2048], spatial [B, 2023] (the first 7 channels of Mixed_6d, channel last), logits without bias [B, 1008]
+    (as in ADM's graph)."""
     name = "inception"
 
     def __init__(self):
@@ -210,8 +197,9 @@ class Inception(Inception3):
 def load_inception(path=""):
     """Of a public port's file (empty: pytorch-fid's, fetched once), frozen, BatchNorms folded."""
     net = Inception()
+    path = path or INCEPTION
     try:
-        load_state(net, load_weights(path or INCEPTION), path or INCEPTION, ignore=(r"AuxLogits\.",))
+        load_state(net, load_weights(path), path, ignore=(r"AuxLogits\.",))
     except UserError as error:
         raise UserError(f"FID needs {Path(INCEPTION).name}: --inception=PATH, or other --features ({error})")
     net.requires_grad_(False).eval()
@@ -223,7 +211,7 @@ def load_inception(path=""):
 
 
 class VFMFeatures(nn.Module):
-    """A VFM's class token (as FD-DINOv2, arXiv 2306.04675), or the mean of its patch tokens where it has none."""
+    """A VFM's class token (as FD-DINOv2, arXiv 2306.04675), or else the mean of its patch tokens."""
 
     def __init__(self, name, cache):
         super().__init__()
@@ -236,22 +224,21 @@ class VFMFeatures(nn.Module):
 
 
 class Classifier(nn.Module):
-    """What judges the toy (ours): it names shape, hue, texture and ground of a drawing, not the class alone, so that
-    the Frechet distance of its features sees what a sample looks like."""
+    """The toy's judge names a drawing's shape, hue, texture and ground, not the class alone: so the Frechet distance of
+    its features sees what a sample looks like."""
     name = "toy"
     attributes = ("shape", "hue", "texture", "ground")
 
     def __init__(self):
         super().__init__()
-        layers = []
-        d = 3
-        for width, kernel, stride, pool in ((24, 4, 2, False), (48, 3, 1, True), (96, 3, 1, True), (128, 3, 1, False)):
-            layers += [nn.Conv2d(d, width, kernel, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            if pool:
-                layers.append(nn.MaxPool2d(2))
-            d = width
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(d, sum(attribute_counts(self.attributes)))
+
+        def layer(d_in, d_out, kernel, stride):
+            return nn.Conv2d(d_in, d_out, kernel, stride, 1, bias=False), nn.BatchNorm2d(d_out), nn.ReLU()
+
+        self.body = nn.Sequential(
+            *layer(3, 24, 4, 2), *layer(24, 48, 3, 1), nn.MaxPool2d(2), *layer(48, 96, 3, 1), nn.MaxPool2d(2),
+            *layer(96, 128, 3, 1))
+        self.head = nn.Linear(128, sum(attribute_counts(self.attributes)))
 
     def features(self, x):  # float [B, 3, 32, 32]
         return self.body(x).mean((2, 3))  # [B, 128, 4, 4] -> [B, 128]
@@ -261,24 +248,26 @@ class Classifier(nn.Module):
         return features, None, self.head(features)[:, :len(Shapes.classes)]
 
 
-def load_classifier(cache="out", device="cpu", images=57_600, batch=64, lr=1e-2):
-    """The toy's Classifier, frozen; trained the first time (half a minute), then kept in `cache`."""
+def load_classifier(cache="out", device="cpu"):
+    """The toy's Classifier, frozen; trained once (half a minute), then kept in `cache`."""
     path = Path(cache) / "classifier.pt"
-    version = fingerprint(Shapes("train", 32).draw(np.arange(16)), images, batch, lr)
-    with alone(path), torch.random.fork_rng([]), torch.enable_grad():  # the first process trains it, the others find it
+    recipe = dict(images=57_600, batch=64, lr=1e-2)
+    version = fingerprint(Shapes("train", 32).draw(np.arange(16)), *recipe.values())
+    with alone(path), torch.random.fork_rng([]), torch.enable_grad():  # the first process trains, the others find it
         torch.default_generator.manual_seed(0)
         net = Classifier().to(device, memory_format=torch.channels_last)
         entries = load_checkpoint(path, "classifier") if path.exists() else {}
         if entries.get("version") != version:
-            train_on_shapes("training the toy's classifier (once)", net, lambda x: [net.head(net.features(x))],
-                            net.attributes, cache, device, images, batch, lr)
+            train_on_shapes(
+                "training the toy's classifier (once)", net, lambda x: [net.head(net.features(x))], net.attributes,
+                cache, device, **recipe)
             entries = dict(kind="classifier", version=version, model=net.state_dict())
             save_checkpoint(path, **entries)
     return load_state(net, entries["model"], str(path)).requires_grad_(False).eval()
 
 
 def load_features(name, cache="out", device="cpu", inception=""):
-    """A frozen network: "inception" (of the file `inception`), "toy" or a VFM's name or file."""
+    """Frozen: "inception" (of the file `inception`), "toy" or a VFM's name or file."""
     if name == "toy":
         return load_classifier(cache, device)
     net = load_inception(inception) if name == "inception" else VFMFeatures(name, cache)
@@ -289,7 +278,7 @@ def load_features(name, cache="out", device="cpu", inception=""):
 # Sets of images: whatever has len() and gives source[range] as uint8 [b, 3, H, W]; a tensor is one
 
 class Folder:
-    """The images of a folder, sorted by path, of one size (`crop`: centre-cropped to it as ADM does)."""
+    """A folder's images, sorted by path, of one size (`crop`: centre-cropped to it as ADM does)."""
 
     def __init__(self, folder, crop=0):
         self.paths = list_images(folder)
@@ -308,15 +297,14 @@ class Folder:
         for i in indices:
             image = self.load(self.paths[i])
             if image.size != self.size:
-                raise UserError(f"images of mixed sizes: {self.paths[0]} {self.size}, {self.paths[i]} {image.size}; "
-                                "--image_size=N crops them all")
+                raise UserError(f"not of {self.size}: {self.paths[i]} {image.size}; --image_size=N crops them all")
             images.append(np.asarray(image))
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 @contextlib.contextmanager
 def reading(path):
-    """What a damaged archive provokes becomes a UserError."""
+    """A damaged archive is a UserError."""
     try:
         yield
     except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
@@ -324,7 +312,7 @@ def reading(path):
 
 
 class Npz:
-    """The images of an .npz as ADM's: `arr_0`, uint8 [N, H, W, 3]; streamed, as np.load would read them all."""
+    """`arr_0` of an .npz, uint8 [N, H, W, 3] as ADM's; streamed, as np.load would read it whole."""
 
     def __init__(self, path):
         self.paths = [path]
@@ -352,7 +340,7 @@ class Npz:
 
 
 class Selection:
-    """`n` evenly spaced images of an Images (all, if it has no more), and their `labels`."""
+    """At most `n` evenly spaced images of an Images, their `labels`."""
 
     def __init__(self, data, n):
         self.data = data
@@ -373,7 +361,7 @@ def open_images(path, crop=0):
 
 
 def batches(source, world, batch_size=64, workers=0, title="images"):
-    """This process's contiguous share of a source: (range, images on the device)."""
+    """(range, images) of this process's contiguous share."""
     share = -(-len(source) // world.size)
     start = min(len(source), world.rank * share)
     stop = min(len(source), start + share)
@@ -387,68 +375,42 @@ def batches(source, world, batch_size=64, workers=0, title="images"):
 # -----------------------------------------------------------------------------
 # One pass over a set
 
-class Moments:
-    """Mean and covariance of rows in one pass, in float64: a batch is centred on its own mean, then merged (Chan et al.
-    1979), so a mean far above the spread costs no digits."""
-
-    def __init__(self, dim, device="cpu"):
-        self.n = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # sum of (x - mean)(x - mean)^T
-
-    def update(self, rows):  # [B, D]
-        b = len(rows)
-        n = self.n + b
-        mean = rows.double().mean(0)
-        centred = rows - mean
-        shift = mean - self.mean
-        self.scatter.addmm_(centred.T, centred).addr_(shift, shift, alpha=self.n * b / n)
-        self.mean += shift * (b / n)
-        self.n = n
-
-    def statistics(self, world):
-        """Of all processes together -> mean [D], unbiased covariance [D, D], NumPy's."""
-        n = int(world.sum(torch.tensor(self.n, device=self.mean.device)))
-        mean = world.sum(self.mean * (self.n / n))
-        shift = self.mean - mean
-        scatter = world.sum(self.scatter.addr(shift, shift, alpha=self.n))
-        return mean.cpu().numpy(), (scatter / (n - 1)).cpu().numpy()
+def moments(rows):
+    """Rows [N, D] -> mean [D], unbiased covariance [D, D], NumPy's, in float64."""
+    mean = rows.mean(0, dtype=torch.float64)
+    scatter = 0
+    for part in rows.split(4096):
+        centred = part - mean
+        scatter = scatter + centred.T @ centred
+    return mean.cpu().numpy(), (scatter / (len(rows) - 1)).cpu().numpy()
 
 
 @torch.no_grad()
 @full_float32()
-def image_statistics(source, net, world, batch_size=64, workers=0, keep=0, title="images", transform=None):
-    """One pass through a network -> dict: n; mu, sigma of its features; mu_s, sigma_s of its spatial features and, from
-    its logits, inception_score (mean, std) and predictions [n], where it has them; features [keep, D] of `keep` evenly
-    spaced images. `transform(range, batch)` gives the uint8 images that are looked at in a batch's place."""
-    n, device = len(source), world.device
-    features, spatial, logits = net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device))  # for their widths
-    moments = {"": Moments(features.shape[1], device)}
-    if spatial is not None:
-        moments["_s"] = Moments(spatial.shape[1], device)
-    if logits is not None:
-        predictions = torch.zeros(n, dtype=torch.long, device=device)
-        sums = torch.zeros(-(-n // SPLIT), 2 + logits.shape[1], dtype=torch.float64, device=device)
-    keep = min(keep, n)
-    kept = torch.zeros(keep, features.shape[1], device=device)
+def image_statistics(source, net, world, batch_size=64, workers=0, title="images", transform=None):
+    """One pass through a network -> dict: n; features [n, D], mu, sigma; where it has them mu_s, sigma_s (spatial) and,
+    from logits, inception_score (mean, std), predictions [n]. `transform(range, batch)` gives the uint8 images to look
+    at in a batch's place."""
+    n = len(source)
+    outputs = []
+    for rows in net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=world.device)):  # for their widths
+        outputs.append(None if rows is None else torch.zeros(n, rows.shape[1], device=world.device))
     for indices, images in batches(source, world, batch_size, workers, title):
         if transform:
             images = transform(indices, images)
-        features, spatial, logits = net(images)  # [B, D], [B, S], [B, K]
-        for part, rows in zip(moments.values(), (features, spatial)):
-            part.update(rows)
-        i, j = indices.start, indices.stop
-        if logits is not None:
-            predictions[i:j] = logits.argmax(1)
-            sums += split_sums(logits, torch.arange(i, j, device=device) // SPLIT, len(sums))
-        if keep:  # kept image p is number p * n // keep
-            chosen = torch.arange(-(-i * keep // n), -(-j * keep // n), device=device)
-            kept[chosen] = features[chosen * n // keep - i]
-    found = dict(n=n, features=world.sum(kept))  # each process has filled its own rows
-    for key, part in moments.items():
-        found["mu" + key], found["sigma" + key] = part.statistics(world)
+        for output, rows in zip(outputs, net(images)):
+            if output is not None:
+                output[indices.start:indices.stop] = rows
+    for output in outputs:
+        if output is not None:
+            world.sum(output)  # each process has filled its own rows
+    features, spatial, logits = outputs  # [n, D], [n, S], [n, K]
+    found = dict(n=n, features=features)
+    found["mu"], found["sigma"] = moments(features)
+    if spatial is not None:
+        found["mu_s"], found["sigma_s"] = moments(spatial)
     if logits is not None:
-        found.update(inception_score=score_of_sums(world.sum(sums)), predictions=world.sum(predictions))
+        found.update(inception_score=inception_score(logits), predictions=logits.argmax(1))
     return found
 
 
@@ -458,10 +420,10 @@ def distance(a, b, key=""):
 
 
 def judge(images, net, world, labels=None, reference=None, batch_size=64, title="images", workers=0, transform=None):
-    """Judges a source or a uint8 tensor [n, 3, H, W] -> dict: images, n; fd, the Frechet distance to the statistics
-    `reference`; agreement, the share that the net takes for their `labels` (None where not asked); statistics, and
+    """A source or a uint8 tensor [n, 3, H, W] -> dict: images, n; fd, the Frechet distance to the statistics
+    `reference`; agreement, the share that the net takes for its `labels` (None where not asked); statistics, and
     `transform` as in `image_statistics`."""
-    statistics = image_statistics(images, net, world, batch_size, workers, title=title, transform=transform)
+    statistics = image_statistics(images, net, world, batch_size, workers, title, transform)
     fd = agreement = None
     if reference is not None:
         fd = distance(statistics, reference)
@@ -479,18 +441,19 @@ def note(world, text):
 
 
 def paired_measures(names, lpips_weights, world):
-    """{name: function of two batches in [-1, 1] -> [B]}, without LPIPS where its weights can't be had."""
-    measures = dict(psnr=psnr, ssim=ssim)
+    """{name: function of two batches in [-1, 1] -> [B]}, without LPIPS if its weights can't be had."""
+    known = dict(psnr=psnr, ssim=ssim)
+    measures = {name: known[name] for name in known if name in names}
     if "lpips" in names:
         try:
             measures["lpips"] = LPIPS(lpips_weights).to(world.device)
         except UserError as error:
             note(world, error)
-    return {name: measures[name] for name in names if name in measures}
+    return measures
 
 
 def summary(values, world):
-    """{name: [n], this process's rows filled} -> {name: mean, name_std: the population's standard deviation}."""
+    """{name: [n], this process's rows filled} -> {name: mean, name_std: the population's deviation}."""
     found = {}
     for name, rows in values.items():
         rows = world.sum(rows).double()
@@ -502,10 +465,11 @@ def summary(values, world):
 @torch.no_grad()
 @full_float32()
 def judge_pairs(cfg, metrics, world):
-    """Of the images of two folders that have the same path in them but for the suffix."""
+    """Of two folders' images of the same path but for the suffix."""
     if not cfg.reference:
         raise UserError("--pairs=1 takes two folders, RECONSTRUCTIONS and ORIGINALS")
-    sides, names = [], []
+    sides = []
+    names = []
     for folder in (cfg.samples, cfg.reference):
         side = Folder(folder, cfg.image_size)
         side.paths.sort(key=lambda path: path.with_suffix(""))
@@ -515,28 +479,30 @@ def judge_pairs(cfg, metrics, world):
     single = sorted((a - b) + (b - a))
     if single:
         raise UserError(f"{len(single)} images have no partner of the same name: {', '.join(single[:10])}")
-    if sides[0].size != sides[1].size:
-        raise UserError(f"pairs need equal sizes, not {sides[0].size} and {sides[1].size}")
+    left, right = sides
+    if left.size != right.size:
+        raise UserError(f"pairs need equal sizes, not {left.size} and {right.size}")
     measures = paired_measures(metrics, cfg.lpips_weights, world)
-    n = len(sides[0])
+    n = len(left)
     values = {name: torch.zeros(n, device=world.device) for name in measures}
-    left = batches(sides[0], world, cfg.batch_size, cfg.workers, "pairs")
-    right = batches(sides[1], world, cfg.batch_size, cfg.workers, "")
+    left = batches(left, world, cfg.batch_size, cfg.workers, "pairs")
+    right = batches(right, world, cfg.batch_size, cfg.workers, "")
     for (indices, images), (_, others) in zip(left, right):
         for name, measure in measures.items():
             values[name][indices.start:indices.stop] = measure(to_float(images), to_float(others))
     return dict(samples=cfg.samples, reference=cfg.reference, images=dict(pairs=n), **summary(values, world))
 
 
-MOVES = dict(rotation=lambda x: torch.rot90(x, 1, (2, 3)),
-             scaling=lambda x: shrink(x, 0.5, antialias=x.shape[1] == 3))  # of images, not of latents
+MOVES = dict(
+    rotation=lambda x: torch.rot90(x, 1, (2, 3)),
+    scaling=lambda x: shrink(x, 0.5, antialias=x.shape[1] == 3))  # of images, not of latents
 
 
 @torch.no_grad()
 @full_float32()
 def judge_tokenizer(tokenizer, source, net, world, measures, moves=(), **keywords):
-    """`judge` on a tokenizer's reconstructions of a source -> the judgement, and a dict of the means of `measures` over
-    the pairs and, for T in `moves`, of the equivariance error |encode(T x) - T encode(x)| / |T encode(x)|."""
+    """-> `judge` of the reconstructions of a source, and the means of `measures` over the pairs and, for T in `moves`,
+    of the equivariance error |encode(T x) - T encode(x)| / |T encode(x)|."""
     values = {name: torch.zeros(len(source), device=world.device) for name in (*measures, *moves)}
 
     def reconstruct(indices, images):  # uint8 [B, 3, H, W] -> the same
@@ -556,8 +522,13 @@ def judge_tokenizer(tokenizer, source, net, world, measures, moves=(), **keyword
     return judgement, summary(values, world)
 
 
+def no_features(images):
+    """In place of Inception without weights."""
+    return torch.zeros(len(images), 1, device=images.device), None, None
+
+
 def evaluate(cfg, world):
-    """A tokenizer on held-out images of the data and size that it was trained for, unless cfg says otherwise."""
+    """A tokenizer on held-out images like those of its training, unless cfg says otherwise."""
     tokenizer = load_tokenizer(cfg.tokenizer).to(world.device)
     cfg.data = cfg.data or tokenizer.about.get("config", {}).get("data", "data/imagenet")
     size = cfg.image_size or tokenizer.resolution
@@ -566,7 +537,13 @@ def evaluate(cfg, world):
     if data.note:
         note(world, data.note)
     toy = cfg.data == "shapes"
-    net = load_features(cfg.features or ("toy" if toy else "inception"), cfg.cache, world.device, cfg.inception)
+    try:
+        net = load_features(cfg.features or ("toy" if toy else "inception"), cfg.cache, world.device, cfg.inception)
+    except UserError as error:
+        if cfg.features:
+            raise
+        note(world, error)
+        net = no_features
     measures = paired_measures(PAIRS[:2] if toy and not cfg.lpips_weights else PAIRS, cfg.lpips_weights, world)
     moves = ["rotation"]
     with contextlib.suppress(UserError):
@@ -575,8 +552,10 @@ def evaluate(cfg, world):
     loading = dict(batch_size=cfg.batch_size, workers=cfg.workers)
     real = judge(source, net, world, title="originals", **loading)["statistics"]
     judgement, means = judge_tokenizer(tokenizer, source, net, world, measures, moves, reference=real, **loading)
-    return dict(samples=cfg.tokenizer, reference=f"held-out {cfg.data}, {size} px", images=dict(pairs=len(source)),
-                features=net.name, rfid=judgement["fd"], **means)
+    if net is not no_features:
+        means.update(features=net.name, rfid=judgement["fd"])
+    return dict(
+        samples=cfg.tokenizer, reference=f"held-out {cfg.data}, {size} px", images=dict(pairs=len(source)), **means)
 
 
 # -----------------------------------------------------------------------------
@@ -586,27 +565,23 @@ KEPT = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "network", "source") 
 
 
 def read_statistics(path):
-    """ADM's or our own statistics file (`images`: whether it has them, too); {} for whatever else."""
+    """ADM's or our statistics (`images`: whether it has them, too); {} for other files."""
     if not zipfile.is_zipfile(path):
         return {}
     with reading(path), np.load(path) as file:
-        if "mu" not in file.files:
+        if "mu" not in file:
             return {}
-        entries = dict(images="arr_0" in file.files)
-        for key in KEPT:
-            if key in file.files:
-                entries[key] = file[key] if file[key].ndim else file[key].item()
-    return entries
+        entries = {key: file[key] if file[key].ndim else file[key].item() for key in KEPT if key in file}
+        return dict(entries, images="arr_0" in file)
 
 
 def reference_statistics(path, net, cfg, world, neighbours):
-    """ADM's, a cache of ours, or measured now and kept beside the images; `neighbours`: with the features for precision
-    and recall."""
+    """ADM's, our cache's, or measured now and kept beside the images; `neighbours`: with features."""
     network = f"{net.name} {fingerprint([*net.parameters()][-1])}"  # one tensor tells weights apart
     given = read_statistics(path)
     theirs = given.get("network", network if isinstance(net, Inception) else "inception")
     if given and theirs != network:
-        raise UserError(f"{path} holds statistics of other features: {theirs}, not {network}")
+        raise UserError(f"{path} has statistics of other features: {theirs}, not {network}")
     if given and not (neighbours and given["images"]):
         return given
     source = open_images(path, cfg.image_size)
@@ -614,10 +589,10 @@ def reference_statistics(path, net, cfg, world, neighbours):
     files = [(str(file), Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in source.paths]
     version = fingerprint(files, cfg.image_size, network)
     found = read_statistics(cache)
-    fresh = torch.tensor(int(found.get("source") == version), device=world.device)
-    if world.sum(fresh) < world.size:  # stale for one process, measured by all
-        found = image_statistics(source, net, world, cfg.batch_size, cfg.workers, NEIGHBOURS, path)
-        found.update(features=found["features"].cpu().numpy(), network=network, source=version)
+    if found.get("source") != version:
+        found = image_statistics(source, net, world, cfg.batch_size, cfg.workers, path)
+        chosen = np.linspace(0, len(source), min(len(source), 10_000), endpoint=False).astype(int)  # as ADM's
+        found.update(features=found["features"][chosen].cpu().numpy(), network=network, source=version)
         try:
             if world.rank == 0:
                 with replacing(cache) as temporary, open(temporary, "wb") as file:
@@ -628,18 +603,16 @@ def reference_statistics(path, net, cfg, world, neighbours):
 
 
 def judge_sets(cfg, metrics, net, world):
-    """The samples against the reference."""
     source = open_images(cfg.samples, cfg.image_size)
     neighbours = bool({"precision", "recall"} & {*metrics})
     reference = reference_statistics(cfg.reference, net, cfg, world, neighbours)
     neighbours = neighbours and "features" in reference
-    keep = len(source) if neighbours else 0
-    samples = image_statistics(source, net, world, cfg.batch_size, cfg.workers, keep, cfg.samples)
+    samples = image_statistics(source, net, world, cfg.batch_size, cfg.workers, cfg.samples)
     images = dict(samples=samples["n"], reference=reference.get("n"))
     if neighbours:
         images["reference_for_recall"] = len(reference["features"])
     if {"fid", "sfid"} & {*metrics} and min(samples["n"], reference.get("n") or 10_000) < 10_000:
-        note(world, "FID of fewer than 10000 images is biased upwards; papers use 50000")
+        note(world, "FID of fewer than 10000 images is biased upwards")
     result = dict(samples=cfg.samples, reference=cfg.reference, images=images, features=net.name)
     for metric, key in (("fid", ""), ("sfid", "_s")):
         if metric in metrics and "mu" + key in samples and "mu" + key in reference:
@@ -653,20 +626,20 @@ def judge_sets(cfg, metrics, net, world):
 
 
 def toy_table(cfg, net, world):
-    """A toy run at a glance -> {row: dict(label, images, fd, agreement[, psnr])}. A distance says little by itself:
-    beside the samples' stand those of training images (the floor), of reconstructions, and of an untrained pipeline
-    (as DiT's last layer starts at zero, it returns its noise as the latent)."""
+    """-> {row: dict(label, images, fd, agreement[, psnr])}. A distance says little by itself: beside the samples' stand
+    those of training images (the floor), of reconstructions, and of an untrained pipeline (its DiT, zero at the last
+    layer, returns the noise)."""
     samples = open_images(cfg.samples)
     size = samples[range(1)].shape[-1]
     path = Path(cfg.out, "diffusion.pt")
     diffusion = load_checkpoint(path, "diffusion") if path.exists() else {}
     data = diffusion.get("config", {}).get("data", "shapes")
     if data != "shapes":
-        raise UserError(f"the samples were made from --data={data}: python fid.py {cfg.samples} REFERENCE")
-    classes = read_json(Path(cfg.samples, "labels.json"))  # {name of the file: class}
+        raise UserError(f"samples made from --data={data}: give a REFERENCE")
+    classes = read_json(Path(cfg.samples, "labels.json"))
     labels = [classes.get(path.name) for path in samples.paths] if classes else None
     if classes and None in labels:
-        raise UserError(f"{cfg.samples} has images that are not in labels.json; run sample.py again")
+        raise UserError(f"labels.json lacks some of {cfg.samples}: run sample.py again")
     rows = {}
 
     def add(key, label, judgement):
@@ -674,22 +647,22 @@ def toy_table(cfg, net, world):
         rows[key] = dict(label=label, **judgement)
         return statistics
 
-    data = Images("shapes", "val", size, cache=cfg.cache)
-    val = Selection(data, len(data))
-    some = Selection(data, cfg.images)
-    train = Selection(Images("shapes", "train", size, cache=cfg.cache), len(samples))
+    val, train = (Images("shapes", split, size, cache=cfg.cache) for split in ("val", "train"))
+    some = Selection(val, cfg.images)
+    val = Selection(val, len(val))
+    train = Selection(train, len(samples))
     real = add("held_out", "held-out images (the classifier's accuracy)", judge(val, net, world, val.labels))
     add("real", "training images, as many as samples (floor)", judge(train, net, world, train.labels, real))
     generated = add("samples", "samples", judge(samples, net, world, labels, real))
     path = Path(cfg.out, "tokenizer.pt")
     if path.exists():
         tokenizer = load_tokenizer(path).to(world.device)
-        judgement, means = judge_tokenizer(tokenizer, some, net, world, dict(psnr=psnr), labels=some.labels,
-                                           reference=real)
+        judgement, means = judge_tokenizer(
+            tokenizer, some, net, world, dict(psnr=psnr), labels=some.labels, reference=real)
         judgement["psnr"] = means["psnr"]
         decoded = add("reconstructions", "reconstructions of held-out images (rFD)", judgement)
-        rows["samples_to_reconstructions"] = dict(label="samples, against the reconstructions", images=len(samples),
-                                                  fd=distance(generated, decoded))
+        rows["samples_to_reconstructions"] = dict(
+            label="samples, against the reconstructions", images=len(samples), fd=distance(generated, decoded))
         if diffusion:
             side = size // tokenizer.downsample
             noise = torch.randn(len(samples), tokenizer.z_dim, side, side, generator=torch.Generator().manual_seed(0))
@@ -736,7 +709,7 @@ def run():
     if not {*metrics} <= {*known}:
         raise UserError(f"--metrics={cfg.metrics}: there are {', '.join(known)}")
     if cfg.tokenizer:
-        metrics = TOKENIZER
+        metrics = (*PAIRS, "rfid", "rotation", "scaling")
         result = evaluate(cfg, world)
     elif cfg.pairs:
         result = judge_pairs(cfg, metrics, world)
@@ -757,7 +730,7 @@ def run():
         show_rows(result["rows"])
     else:
         show_metrics(result, metrics)
-    write_json(Path(cfg.out) / ("eval.json" if cfg.tokenizer else "fid.json"), result)
+    write_json(f"{cfg.out}/{'eval' if cfg.tokenizer else 'fid'}.json", result)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 Images from a diffusion checkpoint, and reconstructions of a folder of images. The solvers are diffusion.py's.
 
     python sample.py  # toy: out/diffusion.pt -> out/samples/, a grid, an .npz for fid.py
-    python sample.py --classes=0,3 --n=16 --cfg_scale=2 --seed=7
-    torchrun --nproc_per_node=8 sample.py --preset=imagenet  # 50,000 for FID (torchrun ... -- sample.py --n=...)
-    python sample.py --ckpt=lightningdit-xl.pt --tokenizer=vfmvae.pth --latent_stats=latents_stats.pt  # official files
+    torchrun --nproc_per_node=8 sample.py --preset=imagenet  # 50,000 for FID
+    python sample.py --ckpt=lightningdit-xl.pt --tokenizer=vfmvae.pth --latent_stats=latents_stats.pt
     python sample.py --reconstruct=FOLDER  # through the tokenizer
     python sample.py --bench=20  # time guided evaluations
 """
@@ -17,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from diffusion import Sampling, generate, guided, load_diffusion, ode, sde
 from tokenizer import (Images, Positive, UserError, fingerprint, init_world, load_tokenizer, load_weights, main,
@@ -29,8 +28,8 @@ from tokenizer import (Images, Positive, UserError, fingerprint, init_world, loa
 class Config:
     preset: str = ""  # imagenet (these defaults) where there is CUDA and data/imagenet/train, reg, or toy
     out: str = "out"  # images go to OUT/samples
-    ckpt: str = ""  # diffusion model, ours or official; empty: OUT/diffusion.pt
-    tokenizer: str = ""  # ours or official; empty: what ckpt names
+    ckpt: str = ""  # diffusion model; empty: OUT/diffusion.pt
+    tokenizer: str = ""  # empty: what ckpt names
     latent_stats: str = ""  # for an official ckpt: file of its latents' "mean" and "std"
     num_heads: int = 0  # of an official ckpt; 0: the published model's
     n: Positive = 50_000  # images
@@ -41,15 +40,15 @@ class Config:
     solver: Literal["euler", "heun", "ab2", "sde"] = "euler"  # ab2: Adams-Bashforth; sde: Euler-Maruyama
     num_steps: Positive = 250  # times: one evaluation less (euler, ab2), twice that (heun), as many (sde)
     cfg_scale: float = 6.0  # guidance: 1 is none
-    cfg_interval: tuple[float, ...] = (0.125, 1.0)  # times between which it acts (0: noise, 1: data)
-    cfg_channels: int = 3  # latent channels that it acts on, from the first (0: all); not for sde
+    cfg_interval: tuple[float, ...] = (0.125, 1.0)  # while it acts (0: noise, 1: data)
+    cfg_channels: int = 3  # on so many latent channels (0: all); not for sde
     timestep_shift: float = 0.3  # s of t -> s t / (1 + (s - 1) t) (0: none); not for sde
     cls_cfg_scale: float = 0.0  # guidance of REG's class token (0: none)
     guide: str = ""  # a weaker model, in place of the unconditional half (autoguidance)
     # machine and output
-    compile: bool = torch.cuda.is_available()  # torch.compile the model
+    compile: bool = torch.cuda.is_available()
     npz: bool = True  # also write OUT/samples.npz (ADM's format)
-    bench: int = 0  # time so many guided evaluations, then stop
+    bench: int = 0  # time so many guided evaluations
     reconstruct: str = ""  # folder of images: reconstruct them, then stop
 
 
@@ -58,6 +57,14 @@ PRESETS = dict(
     imagenet={},
     toy=dict(n=1_000, batch_size=64, solver="ab2", num_steps=20, cfg_scale=3.0, **PLAIN),
     reg=dict(solver="sde", cfg_scale=1.0, **PLAIN))
+
+
+def tokenizer_beside(path, entries):
+    """The tokenizer that a diffusion checkpoint names, or one of that name beside it: the folder was moved."""
+    if "tokenizer" not in entries:
+        raise UserError(f"{path} names no tokenizer: give --tokenizer=FILE")
+    named = Path(entries["tokenizer"])
+    return str(named if named.exists() else Path(path).parent / named.name)
 
 
 def load_pipeline(cfg, world):
@@ -70,30 +77,22 @@ def load_pipeline(cfg, world):
     statistics = model.about
     if cfg.latent_stats:
         statistics = {f"latent_{key}": value for key, value in load_weights(cfg.latent_stats).items()}
-    if "latent_mean" not in statistics or "latent_std" not in statistics:
+    if "latent_std" not in statistics:
         raise UserError(f"{cfg.latent_stats or path} lacks the latents' mean and std: give --latent_stats=FILE")
     mean, std = (statistics[key].float().flatten() for key in ("latent_mean", "latent_std"))
     if guide and not torch.equal(guide.about.get("latent_mean", mean), mean):
-        raise UserError(f"--guide={cfg.guide} is a model of other latents than {path}")
-    place = cfg.tokenizer or model.about.get("tokenizer", "")
-    if not cfg.tokenizer and not os.path.exists(place):  # a folder that was moved as a whole
-        place = str(Path(path).parent / Path(place).name)
-    if not os.path.isfile(place):
-        raise UserError(f"{path} names no tokenizer, or it is gone: give --tokenizer=FILE")
-    tokenizer = load_tokenizer(place)
-    if not tokenizer.z_dim == model.in_channels == len(mean):
-        raise UserError(f"{place} or the statistics are of other latents than {path}")
-    for net in (model, guide):
-        if net:
-            net.projectors = torch.nn.ModuleList()  # REPA's head only trains
-            net.to(world.device)
-            if cfg.compile:
-                net.forward = torch.compile(net.forward, fullgraph=True, dynamic=False)
-    return model, guide, tokenizer.to(world.device), mean, std
+        raise UserError(f"--guide={cfg.guide} is of other latents")
+    tokenizer = load_tokenizer(cfg.tokenizer or tokenizer_beside(path, model.about)).to(world.device)
+    for net in filter(None, (model, guide)):
+        net.projectors = torch.nn.ModuleList()  # REPA's head only trains
+        net.to(world.device)
+        if cfg.compile:
+            net.forward = torch.compile(net.forward, fullgraph=True, dynamic=False)
+    return model, guide, tokenizer, mean, std
 
 
 def write_png(path, pixels):
-    """uint8 [3, H, W], whole or not at all: a finished name is a finished image."""
+    """pixels: uint8 [3, H, W]."""
     with replacing(path) as temporary:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, "PNG", compress_level=1)
 
@@ -109,12 +108,12 @@ def write_npz(path, paths):
 
 
 def write_samples(cfg, world):
-    """OUT/samples/000000.png and so on, labels.json (class by file name), settings.json; OUT/samples.png, a grid of the
-    first with their classes; OUT/samples.npz. What is there already, of the same settings, stays."""
+    """OUT/samples/000000.png, ..., labels.json (class by file name), settings.json; OUT/samples.png, a grid of the
+    first; OUT/samples.npz. What is there already, of the same settings, stays."""
     model, guide, tokenizer, mean, std = load_pipeline(cfg, world)
     classes = cfg.classes or tuple(range(model.num_classes))
     if max(classes) > model.num_classes:
-        raise UserError(f"--classes={max(classes)}: there are {model.num_classes}, from 0")
+        raise UserError(f"--classes={max(classes)}: there are {model.num_classes}")
     y = torch.tensor(classes)[torch.arange(cfg.n) % len(classes)]
     out = Path(cfg.out)
     folder = out / "samples"
@@ -122,15 +121,16 @@ def write_samples(cfg, world):
     if world.rank == 0:
         settings = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
         settings.update(cfg_interval=list(cfg.cfg_interval), num_heads=cfg.num_heads, classes=list(classes),
-                        model=fingerprint(model), tokenizer=fingerprint(tokenizer), latents=fingerprint(mean, std),
-                        guide=fingerprint(guide) if guide else "")
+                        weights=fingerprint(model, guide, tokenizer, mean, std))
         there = set(folder.glob("*.png"))
         before = read_json(folder / "settings.json")
         if there and not before:
-            raise UserError(f"{folder} holds other images: another --out")
-        if there and before != settings:
+            raise UserError(f"{folder} holds other images")
+        if before == settings:
+            there -= set(paths)
+        elif there:
             print(f"{folder} holds images of other settings: starting over")
-        for path in there - set(paths) if before == settings else there:
+        for path in there:
             path.unlink()
         write_json(folder / "settings.json", settings)
         write_json(folder / "labels.json", {path.name: int(c) for path, c in zip(paths, y)})
@@ -138,37 +138,35 @@ def write_samples(cfg, world):
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     world.barrier()  # everyone has looked before anyone writes
     mine = todo[world.rank::world.size]
-    bar = tqdm(total=len(mine), desc="samples", unit="image", disable=world.rank > 0)
-    for k in range(0, len(mine), cfg.batch_size):
+    rows = cfg.batch_size if cfg.compile else 16
+    for k in trange(0, len(mine), cfg.batch_size, desc="samples", disable=world.rank > 0):
         part = mine[k:k + cfg.batch_size]
-        rows = cfg.batch_size if cfg.compile else 16
         images = generate(model, tokenizer, mean, std, part, y[part], cfg, world, guide, rows)
         for i, pixels in zip(part, to_uint8(images).cpu()):
             write_png(paths[i], pixels)
-        bar.update(len(part))
-    bar.close()
     world.barrier()
     if world.rank == 0:
         names = [*model.about.get("classes", map(str, range(model.num_classes))), "none"]
         columns = len(classes) if 4 <= len(classes) <= 16 else 8
         shown = min(cfg.n, 64) // columns * columns or cfg.n  # whole rows
-        images = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in paths[:shown]])
-        save_grid(to_float(images.permute(0, 3, 1, 2)), out / "samples.png", columns, [names[c] for c in y[:shown]])
+        images = torch.from_numpy(np.stack([Image.open(path) for path in paths[:shown]])).permute(0, 3, 1, 2)
+        save_grid(to_float(images), out / "samples.png", columns, [names[c] for c in y[:shown]])
         if cfg.npz:
             write_npz(out / "samples.npz", paths)
         print(f"{cfg.n:,} images in {folder} ({len(todo):,} new); some: {out / 'samples.png'}")
 
 
 def reconstruct(cfg, world):
-    """Every image of a folder, cropped to the tokenizer's resolution, in OUT/originals, and encoded and decoded, under
-    the same name, in OUT/reconstructions (for fid.py --pairs=1)."""
+    """Every image of a folder, cropped to the tokenizer's resolution, in OUT/originals, and decoded again, under the
+    same name, in OUT/reconstructions (for fid.py --pairs=1)."""
     tokenizer = load_tokenizer(cfg.tokenizer or f"{cfg.out}/tokenizer.pt").to(world.device)
     data = Images(cfg.reconstruct, "", tokenizer.resolution)
     names = [Path(os.fsdecode(path)).relative_to(cfg.reconstruct).with_suffix(".png") for path in data.source]
-    out = Path(cfg.out)
-    left = {path.relative_to(out / "reconstructions") for path in out.glob("reconstructions/**/*.png")} - set(names)
+    originals = Path(cfg.out, "originals")
+    reconstructions = Path(cfg.out, "reconstructions")
+    left = {path.relative_to(reconstructions) for path in reconstructions.rglob("*.png")} - set(names)
     if left or len(set(names)) < len(names):
-        raise UserError(f"{out / 'reconstructions'} holds other images, or two names differ in the suffix alone")
+        raise UserError(f"{reconstructions} holds other images, or two names differ only in the suffix")
     mine = range(len(names))[world.rank::world.size]
     batches = [list(mine[k:k + cfg.batch_size]) for k in range(0, len(mine), cfg.batch_size)]
     loader = make_loader(data, batches, world, workers=4)
@@ -177,16 +175,15 @@ def reconstruct(cfg, world):
             z, _ = tokenizer.encode(to_float(pixels.to(world.device)))  # [B, C, h, w]
             decoded = to_uint8(tokenizer.decode(z)).cpu()
         for i, before, after in zip(batch, pixels, decoded):
-            write_png(out / "originals" / names[i], before)
-            write_png(out / "reconstructions" / names[i], after)
+            write_png(originals / names[i], before)
+            write_png(reconstructions / names[i], after)
     if world.rank == 0:
-        print(f"{len(names):,} images in {out / 'originals'} and {out / 'reconstructions'}")
+        print(f"{len(names):,} images in {reconstructions}, {originals}")
 
 
 @torch.no_grad()
 def bench(cfg, world):
-    """Times `--bench` guided evaluations of the checkpoint's model."""
-    model, guide, _, _, _ = load_pipeline(cfg, world)
+    model, guide, *_ = load_pipeline(cfg, world)
     n = cfg.batch_size
     state = [torch.randn(n, model.in_channels, model.input_size, model.input_size, device=world.device)]
     if model.cls_dim:
@@ -197,9 +194,7 @@ def bench(cfg, world):
         with world.autocast():
             guided(model, state, 0.5, y, cfg.cfg_scale, guide=guide)
 
-    flops = model.flops()
-    if cfg.cfg_scale != 1:
-        flops += (guide or model).flops()
+    flops = model.flops() + (cfg.cfg_scale != 1) * (guide or model).flops()
     time_steps("guided evaluation", step, cfg.bench, n * world.size, flops, world)
 
 

@@ -250,10 +250,10 @@ def test_wrong_flags_exit_with_one_line():
     do."""
     for flag, *words in (
             ("--batchsize=7", "batchsize", "--batch_size"), ("stray", "stray"), ("--preset=none", "toy", "imagenet"),
-            ("--batch_size=x", "--batch_size", "positive", "x"), ("--batch_size=0", "--batch_size", "at least 1"),
+            ("--batch_size=x", "--batch_size", "integer", "x"), ("--batch_size=0", "--batch_size", "at least 1"),
             ("--seed=-1", "--seed", "at least 0"), ("--seed=1.5", "--seed", "1.5"), ("--flip=yes", "--flip", "yes"),
             ("--kimg=nan", "--kimg", "finite"), ("--kimg=inf", "--kimg", "finite"), ("--kimg=x", "--kimg", "x"),
-            ("--layers=0,x", "--layers", "numbers", "0,x"), ("--method=gan", "--method", "gan", "aligntok")):
+            ("--layers=0,x", "--layers", "list_of_numbers", "0,x"), ("--method=gan", "--method", "gan", "aligntok")):
         fails(lambda: parse(flag), *words, status=2)
     for flag in ("--seed=0", "--workers=0", "--batch_size=1"):
         parse(flag)
@@ -291,7 +291,8 @@ def test_help_says_what_every_field_is():
             line = re.search(rf"--{field.name} .*", listed)
             comment = line[0].split("[")[0].split(maxsplit=2)[-1] if line else ""
             assert len(comment) > 3, f"{module.__name__} --{field.name} has no comment"
-        assert all(f"--preset={name}" in listed for name in module.PRESETS)
+        presets = listed.split("presets: ")[1]
+        assert all(f"{name}: " in presets for name in module.PRESETS)
 
 
 def test_replacing_leaves_the_old_file():
@@ -1128,7 +1129,7 @@ def test_losses_add_up_as_the_recipe_says():
 
 @with_tiny_vfm
 def test_discriminators_learn_to_tell():
-    """Twenty steps of every kind of discriminator alone: the generator's loss is then larger for fakes than for reals."""
+    """After twenty steps of a discriminator of each kind, the generator's loss is larger for fakes than for reals."""
     real = image(8, 3, 32, 32) * 2 - 1
     fake = torch.zeros(8, 3, 32, 32)
     for method, number, name in (("vfmvae", 0, "dino"), ("vfmvae", 3, "multi"), ("vae", 0, "patch")):
@@ -1451,18 +1452,16 @@ print("rank", world.rank, tokenizer.fingerprint(tok), flush=True)
 
 
 def test_bench():
-    """--bench prints a line of JSON for each stage, counts every process's images, and writes and fetches nothing."""
+    """--bench prints one line of JSON a stage, counts all micro-batches' images, and writes nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        for method, stages in (("vavae", 3), ("vfmvae", 4)):
-            output = command(tokenizer, "--bench=2", f"--method={method}", "--recipe=paper", "--batch_size=4",
-                             "--accumulate=2", "--ch_mult=1,1,1,1", f"--out={folder}/out", f"--cache={folder}/out")
-            lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-            assert len(lines) == stages
-            for line in lines:
-                assert line["images"] == 4 and 0 < line["ms_min"] <= line["ms"] <= line["ms_max"]
-                np.testing.assert_allclose(line["images_per_second"], 4000 / line["ms"], rtol=1e-2)
-                assert line["tflops"] > 0 and line["mfu"] is None
-        assert not os.listdir(folder)
+        output = command(tokenizer, "--bench=2", "--method=vavae", "--recipe=paper", "--batch_size=4", "--accumulate=2",
+                         "--ch_mult=1,1,1,1", f"--out={folder}/out", f"--cache={folder}/out")
+        lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        assert len(lines) == 3 and not os.listdir(folder)
+        for line in lines:
+            assert line["images"] == 4 and 0 < line["ms_min"] <= line["ms"] <= line["ms_max"]
+            np.testing.assert_allclose(line["images_per_second"], 4000 / line["ms"], rtol=1e-2)
+            assert line["tflops"] > 0 and line["mfu"] is None
 
 
 # -----------------------------------------------------------------------------
@@ -1544,7 +1543,7 @@ def test_reg_sampling_golden():
             key = f"step{calls.count(calls[-1]) - 1}_{calls[-1]}"
             return (noise(like.numel(), key) * 1.7).reshape(like.shape)
 
-        z = diffusion.sde(model, noises, torch.tensor([3, 1]), 8, cls_noise=cls_noise, generator=draw, **keywords)
+        z = diffusion.sde(model, noises, torch.tensor([3, 1]), 8, cls_noise=cls_noise, draw=draw, **keywords)
         check(z, expect[name], **TIGHT)
         assert calls == ["latent", "cls"] * 7
 
@@ -1773,7 +1772,8 @@ def test_solvers_reach_the_data():
     start = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     y = torch.zeros(20_000).long()
     ode = diffusion.ode(velocity, start, y, 100)
-    sde = diffusion.sde(velocity, start, y, 250, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    sde = diffusion.sde(velocity, start, y, 250)
     for x in (ode, sde):
         assert abs(x.mean() - m) < 0.02 and abs(x.std() - s) < 0.02, (x.mean(), x.std())
 
@@ -2074,6 +2074,8 @@ def test_alignment_features_cached_or_not(folder, cfg):
         assert a["repa"] != 0
         assert abs(a["repa"] - b["repa"]) < 1e-4 and abs(a["velocity"] - b["velocity"]) < 1e-4
     fails(lambda: train_diffusion(cfg, align="repa", encoder_depth=3), "--encoder_depth=3")
+    fails(lambda: train_diffusion(cfg, num_heads=5), "num_heads=5")
+    fails(lambda: train_diffusion(cfg, patch_size=3), "patch_size=3")
 
 
 TINY_DIT = dict(input_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=3)
@@ -2492,23 +2494,17 @@ def gaussian(features):
 # the formulas
 
 def test_fid_math_golden():
-    """FID, Inception Score, precision and recall are the public evaluators', for streamed moments and any block."""
+    """FID, Inception Score, precision and recall are the public evaluators', for any block."""
     file = golden("fid_math")
     n1, n2, d, expect = file["n1"], file["n2"], file["d"], file["expect"]
     mix = noise(d * d, "mix").reshape(d, d) / d ** 0.5
     a = noise(n1 * d, "fa").reshape(n1, d) @ mix
     b = (noise(n2 * d, "fb").reshape(n2, d) * 1.2) @ mix + 0.1
     logits = noise(n1 * 10, "lg").reshape(n1, 10) * 4
-    statistics = []
-    for rows in (a, b):
-        moments = fid.Moments(d)
-        for part in rows.split(97):
-            moments.update(part)
-        statistics += moments.statistics(WORLD)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    close(fid.frechet_distance(*statistics), expect["fid"])
-    close(fid.inception_score(logits, 10), expect["inception_score_10_splits"])
-    close(fid.inception_score(logits, 1), [expect["inception_score_one_split"], 0])
+    close(fid.frechet_distance(*fid.moments(a), *fid.moments(b)), expect["fid"])
+    close(fid.inception_score(logits, n1 // 10), expect["inception_score_10_splits"])
+    close(fid.inception_score(logits), [expect["inception_score_one_split"], 0])
     for block in (4096, 100, 3):
         found = fid.precision_recall(a, b, k=3, block=block)
         close(found, [expect["precision_k3_reference_a_samples_b"], expect["recall_k3"]])
@@ -2551,19 +2547,11 @@ def test_frechet_refuses():
 
 
 def test_moments():
-    """One pass, exact for a mean far above the spread, and the same for any batches."""
-    x = noise(1000 * 20, "m").reshape(1000, 20) * 1e-3 + 1e6
-    exact = np.cov((x - 1e6).numpy(), rowvar=False)
-    found = []
-    for batch in (1, 7, 1000):
-        moments = fid.Moments(20)
-        for rows in x.split(batch):
-            moments.update(rows)
-        mean, covariance = moments.statistics(WORLD)
-        np.testing.assert_allclose(mean, x.mean(0).numpy(), rtol=1e-14)
-        np.testing.assert_allclose(covariance, exact, rtol=1e-5, atol=1e-12)  # 1e6's own rounding is 1e-10
-        found.append(covariance)
-    np.testing.assert_allclose(found[0], found[2], rtol=1e-6, atol=1e-13)
+    """Exact for a mean far above the spread, and for more rows than are centred at once."""
+    x = noise(5000 * 20, "m").reshape(5000, 20) * 1e-3 + 1e6
+    mean, covariance = fid.moments(x)
+    np.testing.assert_allclose(mean, x.mean(0).numpy(), rtol=1e-14)
+    np.testing.assert_allclose(covariance, np.cov((x - 1e6).numpy(), rowvar=False), rtol=1e-5, atol=1e-12)
 
 
 def test_precision_recall_definition():
@@ -2590,8 +2578,8 @@ def test_precision_recall_far_from_zero():
 
 def test_inception_score_bounds():
     """Sure and diverse: the number of classes; always undecided: 1."""
-    np.testing.assert_allclose(fid.inception_score(torch.eye(8).repeat(5, 1) * 100, 1), [8, 0], rtol=1e-9)
-    np.testing.assert_allclose(fid.inception_score(torch.zeros(40, 8), 4), [1, 0], atol=1e-12)
+    np.testing.assert_allclose(fid.inception_score(torch.eye(8).repeat(5, 1) * 100), [8, 0], rtol=1e-9)
+    np.testing.assert_allclose(fid.inception_score(torch.zeros(40, 8), 10), [1, 0], atol=1e-12)
 
 
 # features
@@ -2777,17 +2765,16 @@ def test_bad_archives():
 
 # one pass
 
-def test_image_statistics_splits_and_kept():
-    """The Inception Score in splits of SPLIT images, the last one shorter; features evenly spaced."""
+def test_image_statistics():
+    """The Inception Score in splits, the last one shorter; features and predictions in order."""
     images, net = planes(pixels(21, 8, "splits")), Means()
     features, _, logits = net(images)
-    with mock.patch.object(fid, "SPLIT", 8):
-        found = fid.image_statistics(images, net, WORLD, 5, keep=6)
-    parts = [fid.inception_score(part, 1)[0] for part in logits.split(8)]
-    np.testing.assert_allclose(found["inception_score"], [np.mean(parts), np.std(parts)], rtol=1e-5)
-    assert torch.equal(found["features"], features[[0, 3, 7, 10, 14, 17]])
+    found = fid.image_statistics(images, net, WORLD, 5)
+    np.testing.assert_allclose(found["inception_score"], fid.inception_score(logits), rtol=1e-5)
+    parts = [fid.inception_score(part)[0] for part in logits.split(8)]
+    np.testing.assert_allclose(fid.inception_score(logits, 8), [np.mean(parts), np.std(parts)], rtol=1e-5)
+    torch.testing.assert_close(found["features"], features)
     assert torch.equal(found["predictions"], logits.argmax(1))
-    assert torch.equal(fid.image_statistics(images, net, WORLD, 4, keep=100)["features"], features)
 
 
 def test_one_image_has_no_distance():
@@ -2826,7 +2813,7 @@ def two_sets():
     left, right = net(planes(a)), net(planes(b))
     exact = dict(fid=fid.frechet_distance(*gaussian(left[0]), *gaussian(right[0])))
     exact["sfid"] = fid.frechet_distance(*gaussian(left[1]), *gaussian(right[1]))
-    exact["is"], exact["is_std"] = fid.inception_score(left[2], 1)
+    exact["is"], exact["is_std"] = fid.inception_score(left[2])
     exact["precision"], exact["recall"] = fid.precision_recall(right[0], left[0])
     return a, b, exact
 
@@ -2914,7 +2901,7 @@ def test_adm_statistics():
         result, text = run_fid(f"{folder}/a.npz", f"{folder}/adm.npz", *flags)
         exact = [fid.frechet_distance(*gaussian(left[k]), *gaussian(right[k])) for k in (0, 1)]
         np.testing.assert_allclose([result["fid"], result["sfid"]], exact, rtol=1e-5)
-        np.testing.assert_allclose(result["is"], fid.inception_score(left[2], 1)[0], rtol=1e-6)
+        np.testing.assert_allclose(result["is"], fid.inception_score(left[2])[0], rtol=1e-6)
         assert (result["precision"], result["recall"]) == fid.precision_recall(right[0], left[0])
         assert result["images"] == dict(samples=6, reference=None, reference_for_recall=7)
         assert "features: inception\n" in text and "FID " in text
@@ -3064,7 +3051,10 @@ def test_evaluates_on_what_it_was_trained_for():
         result, text = run_fid(*arguments, "--lpips_weights=/nowhere.pth", net=Means())
         assert result["reference"] == f"held-out {folder}/own, 32 px" and result["images"] == dict(pairs=4)
         assert re.search("LPIPS +left out", text) and "training images" in text
-        fails(lambda: run_fid(*arguments, "--inception=/nowhere.pth"), "--inception=PATH, or other --features")
+        result, text = run_fid(*arguments, "--inception=/nowhere.pth")
+        assert "--inception=PATH, or other --features" in text and re.search("rFID +left out", text)
+        assert {"psnr", "ssim", "rotation"} <= result.keys() and "rfid" not in result
+        fails(lambda: run_fid(*arguments, "--features=inception", "--inception=/nowhere.pth"), "--inception=PATH")
 
 
 # the toy
@@ -3556,8 +3546,9 @@ def test_study_goes_on():
         assert len(calls) == 2 and not (lost / "result.json").exists()
         kept = (lost / "tokenizer.pt").stat().st_mtime_ns
         with mock.patch.object(align.shutil, "rmtree"), mock.patch.object(Path, "unlink"):  # nothing is cleared away
-            run_align(folder, *flags)
-        assert (lost / "tokenizer.pt").stat().st_mtime_ns == kept  # it was not trained again
+            printed = run_align(folder, *flags)
+        # neither the tokenizer was trained again, nor its latents made
+        assert (lost / "tokenizer.pt").stat().st_mtime_ns == kept and "encoding anew" not in printed
         assert study_results(folder) == before
         changed = [path.parent.name for path, time_ in times.items() if path.stat().st_mtime_ns != time_]
         assert changed == ["vfmvae-0"]
@@ -3586,14 +3577,14 @@ def made_up_results(folder, runs):
         result = {quality: rng.uniform() for quality in align.QUALITIES}
         points = {}
         for kind in ("none", "repa"):
-            points[kind] = [{"step": step, **{key: rng.uniform() for key in align.OUTCOMES[:3]}} for step in (1, 3)]
+            points[kind] = [{"step": step, **{key: rng.uniform() for key in align.OUTCOMES}} for step in (1, 3)]
         paths.append(Path(folder, f"{method}-{seed}", "result.json"))
         tokenizer.write_json(paths[-1], dict(result, method=method, seed=seed, judge=0.9, points=points))
     return paths
 
 
 def test_study_report():
-    """Means, deviations, paired differences and rank correlations of the table are those of the results."""
+    """Means, deviations and rank correlations of the table are those of the results."""
     from scipy.stats import spearmanr
     cfg = align.Config(study_points=(1, 3))
     with tempfile.TemporaryDirectory() as folder:
@@ -3602,20 +3593,27 @@ def test_study_report():
         written = json.loads(Path(folder, "results.json").read_text())
     lines = text.splitlines()
     its = [result for result in written["runs"] if result["method"] == "vfmvae"]
-    rows = [line for line in lines if line.startswith("| vfmvae | ")]
     psnr = [result["PSNR"] for result in its]
-    assert f"| {np.mean(psnr):.2f} ± {np.std(psnr, ddof=1):.2f} |" in rows[0]
-    gain = [result["points"]["repa"][1]["accuracy"] - result["points"]["none"][1]["accuracy"] for result in its]
-    assert rows[3].startswith("| vfmvae | repa - none |")
-    assert rows[3].endswith(f"| {np.mean(gain):.3f} ± {np.std(gain, ddof=1):.3f} |")
-    pairs = []
-    for result in written["runs"]:
-        pairs.append((result["PSNR"], result["points"]["repa"][1]["accuracy"] / result["rAccuracy"]))
+    row = next(line for line in lines if line.startswith("| vfmvae |"))
+    assert f"| {np.mean(psnr):.3g} ± {np.std(psnr, ddof=1):.2g} |" in row
+    accuracy = [result["points"]["repa"][1]["accuracy"] for result in its]
+    row = next(line for line in lines if line.startswith("| accuracy | repa | vfmvae |"))
+    assert row.endswith(f"| {np.mean(accuracy):.3g} ± {np.std(accuracy, ddof=1):.2g} |")
+    pairs = [(result["PSNR"], result["points"]["repa"][1]["accuracy"]) for result in written["runs"]]
     means = np.array(pairs).reshape(3, 3, 2).mean(0)  # [seed, method, pair]: over the seeds
-    want = [spearmanr(*zip(*each)).statistic for each in (pairs, means)]
-    np.testing.assert_allclose(written["spearman"]["repa"]["accuracy / rAccuracy"]["PSNR"], want)
-    row = next(line for line in lines if line.startswith("| accuracy / rAccuracy | repa"))
-    assert f"{want[0]:+.2f} ({want[1]:+.2f})" in row
+    want = spearmanr(*means.T).statistic
+    np.testing.assert_allclose(written["spearman"]["repa"]["accuracy"]["PSNR"], want)
+    correlations = text[text.index("Spearman"):].splitlines()
+    row = next(line for line in correlations if line.startswith("| accuracy | repa |"))
+    assert row.split(" | ")[2 + align.QUALITIES.index("PSNR")] == f"{want:+.2f}"
+
+
+def test_study_report_of_old_results():
+    """The results of the study in assets/ are read as they are."""
+    paths = sorted((HERE / "assets" / "study").glob("*/result.json"))
+    with tempfile.TemporaryDirectory() as folder:
+        text = align.study_report(align.Config(), Path(folder), paths)
+        assert Path(folder, "study.png").exists() and f"{len(paths)} runs" in text and "nan" not in text
 
 
 def test_study_report_of_one_run():
@@ -3623,7 +3621,7 @@ def test_study_report_of_one_run():
     with tempfile.TemporaryDirectory() as folder:
         paths = made_up_results(folder, [("vae", 0)])
         text = align.study_report(align.Config(study_points=(1, 3)), Path(folder), paths)
-    assert text.count("±") == 1 and "Spearman" not in text and "| vae | repa - none |" in text
+    assert text.count("±") == 1 and "Spearman" not in text and "| gFD | repa | vae |" in text
 
 
 def test_sweep():
@@ -3655,7 +3653,7 @@ def test_align_refuses():
         fails(lambda: run_align(folder, "missing.pt"), "no file missing.pt")
         fails(lambda: run_align(folder, f"{folder}/vfm-toy.pt"), "vfm checkpoint, not a tokenizer")
         fails(lambda: run_align(folder, "--reference=nothing", "--images=20"), "no VFM nothing")
-        fails(lambda: run_align(folder, "--steps=1", f"{folder}/tokenizer.pt"), "one diffusion checkpoint")
+        fails(lambda: run_align(folder, "--steps=1", f"{folder}/tokenizer.pt"), "no diffusion checkpoint")
         fails(lambda: run_align(folder, "--study=1", "--study_methods=vq"), "no vq", "vfmvae-blind")
         fails(lambda: run_align(folder, "--study=1", "--study_align=repaa"), "no repaa", "none, repa, reg")
         fails(lambda: run_align(folder, "--study=1", "--study_points=2000"), "study_points")
@@ -3664,8 +3662,6 @@ def test_align_refuses():
         entries["config"]["data"] = "CIFAR10"
         torch.save(entries, f"{folder}/diffusion.pt")
         fails(lambda: run_align(folder, "--sweep=1"), "trained on the shapes")
-
-
 
 
 # -----------------------------------------------------------------------------

@@ -1,21 +1,21 @@
 """
 Tokenizers on vision foundation models (VFMs): the models that all stages share, and tokenizer training.
 
-    python tokenizer.py                                     # toy: a VFM-VAE on drawn shapes, minutes on a laptop
-    python tokenizer.py --method=aligntok                   # AlignTok's three stages; also vavae, vae
-    python tokenizer.py --preset=imagenet                   # the paper's recipe, data in data/imagenet/{train,val}
-    torchrun --nproc_per_node=8 tokenizer.py                # the same on eight GPUs
-    python tokenizer.py --bench=20                          # time training steps of every stage on random data
+    python tokenizer.py  # toy: a VFM-VAE on drawn shapes, minutes on a laptop
+    python tokenizer.py --method=aligntok  # AlignTok's three stages; also vavae, vae
+    python tokenizer.py --preset=imagenet  # the paper's recipe, data in data/imagenet/{train,val}
+    torchrun --nproc_per_node=8 tokenizer.py  # the same on eight GPUs
+    python tokenizer.py --bench=20  # time training steps of every stage on random data
 
 VFM-VAE (arXiv 2510.18457), with the shapes of its ImageNet model:
 
     image [3, 256, 256]
-      |  resized to 512, frozen VFM (SigLIP2-L/16)                             ViT
+      |  ViT: resized to 512, frozen VFM (SigLIP2-L/16)
     levels 0, 12, -1: each [32 x 32 tokens, 1024]
-      |  each level -> 64 channels; space to depth; concatenated; fused        LevelAdapter
+      |  LevelAdapter: each level -> 64 channels; space to depth; concatenated; fused
     mean, logvar [32, 16, 16]  --  sample -->  z [32, 16, 16]
-      |  decompressed to [512, 16, 16]; its mean becomes the style w [512]     post_quant, mapping
-      |  fused into the first four blocks; w modulates every layer             LatentFusion, ConvNeXtLayer
+      |  post_quant, mapping: decompressed to [512, 16, 16]; its mean becomes the style w [512]
+      |  LatentFusion, ConvNeXtLayer: fused into the first four blocks; w modulates every layer
     8 -> 16 -> 32 -> 64 -> 128 -> 256 px, an image at each; the last is the reconstruction [3, 256, 256]
 
 AlignTok (2509.25162): DINOv2-L, trained in its second stage -> PointwiseAdapter -> z -> LDM's decoder.
@@ -32,7 +32,6 @@ import datetime
 import difflib
 import functools
 import hashlib
-import http.client
 import inspect
 import json
 import math
@@ -65,21 +64,21 @@ class Config:
     preset: str = ""  # imagenet or toy; imagenet where there is CUDA and data/imagenet/train
     method: Literal["vfmvae", "aligntok", "vavae", "vae"] = "vfmvae"
     recipe: Literal["paper", "toy", "study"] = "paper"  # rows of STAGES
-    stage: int = 0  # this stage alone, from the checkpoint that the one before wrote; 0: all
+    stage: int = 0  # this one alone, from the checkpoint of the one before; 0: all
     out: str = "out"  # folder of checkpoints, logs, grids
     cache: str = "out"  # folder of the toy's drawings, VFM and classifier, shared by all runs
     resume: bool = True  # go on from OUT/tokenizer.pt if it is there
     seed: int = 0  # of weights, batches, noise
     # data
-    data: str = "data/imagenet"  # folder (class folders or flat, maybe in train/ and val/), shapes, CIFAR10
+    data: str = "data/imagenet"  # folder (of classes or flat, maybe in train/ and val/), shapes, CIFAR10
     data_dir: str = "data"  # where torchvision's data sets lie
     download: bool = False  # let torchvision download them
     image_size: Positive = 256  # side of the training images
     crop: bool = True  # augment: a random square of 0.5 to 1 of the short side
-    flip: bool = True  # augment: mirror with probability 0.5
+    flip: bool = True  # augment: mirror half of them
     workers: int = 12  # data loading processes
     # encoder
-    vfm: str = ""  # name (siglip2-large-patch16-512, ...) or file; empty: the method's
+    vfm: str = ""  # name (dinov2_vitl14, ...) or file; empty: the method's
     scale_factor: float = 0.0  # the VFM sees images of this times their size; 0: the method's
     layers: tuple[int, ...] = (0, 12, -1)  # VFM-VAE's: 0 the embedding, i block i's output, -1 the normalised last
     level_dim: Positive = 64  # channels of each level before fusion
@@ -97,23 +96,23 @@ class Config:
     ch: Positive = 128  # base channels
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # their multiples, fine to coarse
     ldm_blocks: Positive = 2  # residual blocks a level; one more in the decoder
-    ldm_attention: bool = True  # self-attention on the coarsest level, beside the one in the middle
+    ldm_attention: bool = True  # on the coarsest level, too
     groups: Positive = 32  # of its GroupNorms; as many as channels would hide an image's mean colours
     # training
-    kimg: float = 0.0  # thousands of images over all stages, shared out as in STAGES; 0: STAGES' own
+    kimg: float = 0.0  # thousands of images over all stages; 0: as STAGES says
     batch_size: Positive = 512  # images a step, over all processes
     accumulate: Positive = 1  # micro-batches a step
-    cooldown: float = 0.0  # last share of the run over which the learning rates fall linearly to 0 (ours)
+    cooldown: float = 0.0  # last share of the run, in which learning rates fall linearly to 0 (ours)
     ema_kimg: float = 160.0  # half-life of the weights' moving average; at most 5% of the images seen
-    perceptual: str = "lpips"  # lpips, or the VFM on whose features its formula is used instead
-    lpips_weights: str = ""  # files of VGG16 and LPIPS's linear layers, comma-separated; empty: public
+    perceptual: str = "lpips"  # or the VFM on whose features its formula is used
+    lpips_weights: str = ""  # files of VGG16 and LPIPS, comma-separated; empty: the public ones
     disc_vfm: str = "dino_vits16"  # the frozen ViT under the projected discriminator
     ndf: Positive = 64  # PatchGAN's base channels
     compile: bool = torch.cuda.is_available()  # torch.compile the networks
     log_interval: Positive = 50  # steps
     grid_interval: Positive = 2000  # steps between pictures of reconstructions
     save_interval: Positive = 2000  # steps between checkpoints
-    bench: int = 0  # time this many steps of each stage on random data and weights, then stop
+    bench: int = 0  # time so many steps of each stage on random data
 
 
 PRESETS = dict(
@@ -135,7 +134,7 @@ class Stage:
     lr: float = 1e-4  # Adam's, both networks
     encoder_lr: float = 1e-5  # ... of a VFM that is trained (ours)
     betas: tuple = (0.0, 0.99)
-    summed: bool = False  # LDM sums pixel, perceptual and preservation terms over C, H, W
+    summed: bool = False  # pixel, perceptual and preservation terms are sums over C, H, W (LDM), not means
     sample: bool = True  # decode a sample of the posterior, not its mean
     l1: float = 1.0
     lpips: float = 0.0
@@ -154,71 +153,71 @@ class Stage:
     gan_start_kimg: float = 0.0
     equivariance: bool = False  # VFM-VAE's regularisation
 
-
-def rows(*stages, **shared):
-    return [Stage(**{**shared, **stage}) for stage in stages]
+    def weight(self, name, images):
+        summed = self.summed and name in ("l1", "lpips", "preserve")
+        return getattr(self, name) * (images[0].numel() if summed else 1)
 
 
 # The papers' recipes. VFM-VAE: as published. VA-VAE: 130 epochs of ImageNet (1,281 kimg), then with margins; vae:
 # latent diffusion's losses for as long; LDM's GAN starts after 5,000 steps of 256. AlignTok: no KL, no sampling,
 # preservation with weight 1 (3 for text to image), by later notes on the paper; its lengths, its learning rates, and
-# preservation as a mean beside means over pixels are ours; the first stage is the longest, since semantics are learnt
-# slowly.
-LDM = dict(summed=True, betas=(0.5, 0.9), lpips=1.0, patch=0.5, gan_adaptive=True)
+# preservation as a mean beside means over pixels are ours.
 BOTH = "adapter decoder"
+ALL = "encoder adapter decoder"
+fusion = functools.partial(Stage, dino=1.0)
+ldm = functools.partial(Stage, summed=True, betas=(0.5, 0.9), lpips=1.0, patch=0.5, gan_adaptive=True)
 PAPER = dict(
-    vfmvae=rows(
-        dict(name="strong alignment", kimg=20_000, trains=BOTH, vf=5.0, kl=1e-6, lpips=10.0, multires=0.1,
-             multires_kimg=5_000, equivariance=True),
-        dict(name="weak alignment", kimg=20_000, trains=BOTH, vf=1.0, kl=1e-6, lpips=10.0, equivariance=True),
-        dict(name="ssim", kimg=1_000, trains="decoder", lr=5e-5, lpips=2.0, ssim=1.0, equivariance=True),
-        dict(name="patchgan", kimg=3_000, trains="high", lr=5e-5, l1=0.0, multi=1.0, matching=10.0), dino=1.0),
-    aligntok=rows(
-        dict(name="latent alignment", kimg=38_400, trains=BOTH, gan_start_kimg=1_280),
-        dict(name="perceptual alignment", kimg=19_200, trains="encoder adapter decoder", preserve=1.0),
-        dict(name="decoder refinement", kimg=12_800, trains="decoder"), sample=False, **LDM),
-    vavae=rows(
-        dict(name="strong alignment", kimg=128_100, vf=0.5, gan_start_kimg=1_280),
-        dict(name="weak alignment", kimg=19_200, vf=0.1),
-        dict(name="margins", kimg=19_200, vf=0.1, vf_margins=(0.25, 0.5)), trains=BOTH, kl=1e-6, **LDM),
-    vae=rows(dict(name="reconstruction", kimg=166_500, trains=BOTH, gan_start_kimg=1_280), kl=1e-6, **LDM))
+    vfmvae=[
+        fusion("strong alignment", 20_000, BOTH, vf=5.0, kl=1e-6, lpips=10.0, equivariance=True, multires=0.1,
+               multires_kimg=5_000),
+        fusion("weak alignment", 20_000, BOTH, vf=1.0, kl=1e-6, lpips=10.0, equivariance=True),
+        fusion("ssim", 1_000, "decoder", lr=5e-5, lpips=2.0, ssim=1.0, equivariance=True),
+        fusion("patchgan", 3_000, "high", lr=5e-5, l1=0.0, multi=1.0, matching=10.0)],
+    aligntok=[
+        ldm("latent alignment", 38_400, BOTH, sample=False, gan_start_kimg=1_280),
+        ldm("perceptual alignment", 19_200, ALL, sample=False, preserve=1.0),
+        ldm("decoder refinement", 12_800, "decoder", sample=False)],
+    vavae=[
+        ldm("strong alignment", 128_100, BOTH, vf=0.5, kl=1e-6, gan_start_kimg=1_280),
+        ldm("weak alignment", 19_200, BOTH, vf=0.1, kl=1e-6),
+        ldm("margins", 19_200, BOTH, vf=0.1, kl=1e-6, vf_margins=(0.25, 0.5))],
+    vae=[ldm("reconstruction", 166_500, BOTH, kl=1e-6, gan_start_kimg=1_280)])
 
-# The toy's (ours): 28 thousand images, so high learning rates, low alignment and perceptual weights, no GAN. LDM's
-# networks stay grey at VFM-VAE's rate.
-TOY_LDM = dict(betas=(0.9, 0.9), lr=6e-4, encoder_lr=1.8e-4, summed=True, lpips=0.01)
+
+def short_rows(ldm, strong, weak):
+    """What the toy and the study (ours, 28 thousand images) share; strong, weak: VA-VAE's VF weights."""
+    return dict(
+        aligntok=[
+            ldm("latent alignment", 15.2, BOTH, sample=False),
+            ldm("perceptual alignment", 7.6, ALL, sample=False, preserve=0.2),
+            ldm("decoder refinement", 5.2, "decoder", sample=False)],
+        vavae=[
+            ldm("strong alignment", 21.6, BOTH, vf=strong, kl=1e-6),
+            ldm("weak alignment", 3.2, BOTH, vf=weak, kl=1e-6),
+            ldm("margins", 3.2, BOTH, vf=weak, kl=1e-6, vf_margins=(0.25, 0.5))],
+        vae=[ldm("reconstruction", 28.0, BOTH, kl=1e-6)])
+
+
+# The toy: high learning rates, low alignment and perceptual weights, no GAN. LDM's stay grey at VFM-VAE's rate.
+fusion = functools.partial(Stage, betas=(0.9, 0.99))
+ldm = functools.partial(Stage, summed=True, betas=(0.9, 0.9), lr=6e-4, encoder_lr=1.8e-4, lpips=0.01)
 TOY = dict(
-    vfmvae=rows(
-        dict(name="strong alignment", kimg=13.6, trains=BOTH, lr=2e-3, vf=1.0, kl=1e-6, lpips=0.1, multires=0.1,
-             multires_kimg=3.4),
-        dict(name="weak alignment", kimg=13.6, trains=BOTH, lr=2e-3, vf=0.2, kl=1e-6, lpips=0.1),
-        dict(name="ssim", kimg=0.8, trains="decoder", lr=1e-3, lpips=0.02, ssim=1.0), betas=(0.9, 0.99)),
-    aligntok=rows(
-        dict(name="latent alignment", kimg=15.2, trains=BOTH),
-        dict(name="perceptual alignment", kimg=7.6, trains="encoder adapter decoder", preserve=0.2),
-        dict(name="decoder refinement", kimg=5.2, trains="decoder"), sample=False, **TOY_LDM),
-    vavae=rows(
-        dict(name="strong alignment", kimg=21.6, vf=0.1),
-        dict(name="weak alignment", kimg=3.2, vf=0.02),
-        dict(name="margins", kimg=3.2, vf=0.02, vf_margins=(0.25, 0.5)), trains=BOTH, kl=1e-6, **TOY_LDM),
-    vae=rows(dict(name="reconstruction", kimg=28.0, trains=BOTH), kl=1e-6, **TOY_LDM))
+    vfmvae=[
+        fusion("strong alignment", 13.6, BOTH, lr=2e-3, vf=1.0, kl=1e-6, lpips=0.1, multires=0.1, multires_kimg=3.4),
+        fusion("weak alignment", 13.6, BOTH, lr=2e-3, vf=0.2, kl=1e-6, lpips=0.1),
+        fusion("ssim", 0.8, "decoder", lr=1e-3, lpips=0.02, ssim=1.0)],
+    **short_rows(ldm, 0.1, 0.02))
 
-# The study's (ours, `align.py --study=1`): one optimizer, a learning rate at which all learn, no loss that looks at a
-# VFM but the methods' own, and VFM-VAE's first VF weight lowered from 5, which would hold its images at 15 dB.
-FAIR = dict(betas=(0.9, 0.99), lr=6e-4, encoder_lr=1.8e-4)
+# The study (`align.py --study=1`): one optimizer, a learning rate at which all learn, no loss that looks at a VFM but
+# the methods' own, and VFM-VAE's first VF weight lowered from 5, which would hold its images at 15 dB.
+fusion = functools.partial(Stage, betas=(0.9, 0.99), lr=6e-4, encoder_lr=1.8e-4)
+ldm = functools.partial(fusion, summed=True)
 STUDY = dict(
-    vfmvae=rows(
-        dict(name="strong alignment", kimg=13.6, trains=BOTH, vf=1.0, kl=1e-6, multires=0.1, multires_kimg=3.4),
-        dict(name="weak alignment", kimg=13.6, trains=BOTH, vf=1.0, kl=1e-6),
-        dict(name="ssim", kimg=0.8, trains="decoder", lr=3e-4, ssim=1.0), **FAIR),
-    aligntok=rows(
-        dict(name="latent alignment", kimg=15.2, trains=BOTH),
-        dict(name="perceptual alignment", kimg=7.6, trains="encoder adapter decoder", preserve=0.2),
-        dict(name="decoder refinement", kimg=5.2, trains="decoder"), summed=True, sample=False, **FAIR),
-    vavae=rows(
-        dict(name="strong alignment", kimg=21.6, vf=0.5),
-        dict(name="weak alignment", kimg=3.2, vf=0.1),
-        dict(name="margins", kimg=3.2, vf=0.1, vf_margins=(0.25, 0.5)), trains=BOTH, summed=True, kl=1e-6, **FAIR),
-    vae=rows(dict(name="reconstruction", kimg=28.0, trains=BOTH), summed=True, kl=1e-6, **FAIR))
+    vfmvae=[
+        fusion("strong alignment", 13.6, BOTH, vf=1.0, kl=1e-6, multires=0.1, multires_kimg=3.4),
+        fusion("weak alignment", 13.6, BOTH, vf=1.0, kl=1e-6),
+        fusion("ssim", 0.8, "decoder", lr=3e-4, ssim=1.0)],
+    **short_rows(ldm, 0.5, 0.1))
 
 STAGES = dict(paper=PAPER, toy=TOY, study=STUDY)
 
@@ -241,7 +240,7 @@ class ViTAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU (exact or tanh), Linear; with `swiglu` (DINOv2-g) SiLU of one half of the first times the other."""
+    """activation: gelu, gelu_tanh, or swiglu (DINOv2-g): SiLU of one half of the first layer times the other."""
 
     def __init__(self, dim, hidden, activation="gelu"):
         super().__init__()
@@ -281,21 +280,23 @@ class ViTBlock(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-NORMALIZATION = dict(imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's mean and std of [0, 1]
-                     half=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))  # SigLIP's processor
+NORMALIZATION = dict(  # mean and std of [0, 1]
+    imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    half=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 
 
 class ViT(nn.Module):
     """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE.
 
     vit(images [B, 3, H, W] in [-1, 1], layers=(0, 12, -1), cls=False) -> one [B, N, D] per layer: 0 the embedding
-    before the first block, i block i's output, -1 the last one's after the final norm; patch tokens row-major
-    (cls=True: behind the class token, if any). H and W: multiples of the patch size; positions are resized bicubically.
-    It normalises but does not resize: see `resize`."""
+    before the first block, i block i's output, -1 the last one's after the final norm; patch tokens row-major, without
+    registers (cls=True: behind the class token, if any). H and W: multiples of the patch size; positions are resized
+    bicubically. It normalises but does not resize: see `resize`."""
 
-    def __init__(self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_hidden=3072,
-                 activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False,
-                 normalize="imagenet", interpolation="bilinear", antialias=False):
+    def __init__(
+            self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_hidden=3072,
+            activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False,
+            normalize="imagenet", interpolation="bilinear", antialias=False):
         super().__init__()
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         self.image_size = image_size
@@ -310,25 +311,24 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02) if class_token else None
         self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 0.02) if registers else None
         self.pos_embed = nn.Parameter(torch.randn(1, positions, embed_dim) * 0.02)
-        block = functools.partial(ViTBlock, embed_dim, num_heads, mlp_hidden, activation, layer_scale)
-        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        block = embed_dim, num_heads, mlp_hidden, activation, layer_scale
+        self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION[normalize])
-        self.register_buffer("input_scale", 0.5 / std, persistent=False)  # ((x / 2 + 1 / 2) - mean) / std in one pass
+        self.register_buffer("input_scale", 0.5 / std, persistent=False)  # (x / 2 + 1 / 2 - mean) / std
         self.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
 
     def resize(self, images, size=None, scale=None):
-        """To `size` (height, width), by `scale`, or to the model's own size; antialiased only when shrinking."""
+        """To `size` (height, width), by `scale`, or to the model's own size."""
         if scale:
             size = [round(side * scale) for side in images.shape[-2:]]
         size = tuple(size or (self.image_size, self.image_size))
         if tuple(images.shape[-2:]) == size:
             return images
-        shrinks = size[0] < images.shape[-2]
-        return F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=shrinks)
+        return F.interpolate(images, size, mode=self.interpolation, antialias=size[0] < images.shape[-2])
 
     def embed(self, x):
-        """Normalised images [B, 3, H, W] -> patch tokens [B, N, D]; level 0 where it is not the embedding."""
+        """Normalised images -> patch tokens [B, N, D], level 0 where it is another."""
         return self.patch_embed["proj"](x).flatten(2).transpose(1, 2), None
 
     def positions(self, h, w):
@@ -337,22 +337,20 @@ class ViT(nn.Module):
         if (side, side) == (h, w):
             return self.pos_embed  # [1, (1 +) N, D]
         grid = self.pos_embed[:, -n:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
-        grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False, antialias=self.antialias)
+        grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=self.antialias)
         return torch.cat([self.pos_embed[:, :-n], grid.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, images, layers=(-1,), cls=False):
         x = images * self.input_scale + self.input_shift  # [B, 3, H, W]
         positions = self.positions(x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
         x, level0 = self.embed(x)  # [B, N, D]
+        x = x + positions[:, self.class_position:]
         extra = 0  # tokens before the patches
-        if self.cls_token is None:
-            x = x + positions
-        else:
+        if self.cls_token is not None:
             first = self.cls_token + positions[:, :1] if self.class_position else self.cls_token
             if self.register_tokens is not None:
                 first = torch.cat([first, self.register_tokens], 1)
             extra = first.shape[1]
-            x = x + positions[:, self.class_position:]
             x = torch.cat([first.expand(len(x), -1, -1), x], 1)  # [B, extra + N, D]
 
         states = {0: x}
@@ -361,39 +359,42 @@ class ViT(nn.Module):
             states[i] = x
         if -1 in layers:
             states[-1] = self.norm(x)
-        if cls and extra:  # registers are dropped
+        if cls and extra:
             return [torch.cat([states[i][:, :1], states[i][:, extra:]], 1) for i in layers]
         return [level0 if i == 0 and level0 is not None else states[i][:, extra:] for i in layers]
 
 
 def vfm_table():
-    """name -> (address of the official weights, ViT arguments). DINO, DINOv2: Meta's; SigLIP2, MAE: Hugging Face's."""
-    sizes = dict(s=(384, 12, 6, 1536), b=(768, 12, 12, 3072), l=(1024, 24, 16, 4096), g=(1536, 40, 24, 4096),
-                 so400m=(1152, 27, 16, 4304))
-    table = {}
+    """name -> (address of the official weights, ViT arguments)."""
 
-    def add(name, url, size, image_size, patch_size, **arguments):
-        widths = zip(("embed_dim", "depth", "num_heads", "mlp_hidden"), sizes[size])
-        table[name] = f"https://{url}", dict(widths, image_size=image_size, patch_size=patch_size, **arguments)
+    def size(dim, depth, heads, hidden):
+        return dict(embed_dim=dim, depth=depth, num_heads=heads, mlp_hidden=hidden)
 
-    meta = "dl.fbaipublicfiles.com"
+    small = size(384, 12, 6, 1536)
+    base = size(768, 12, 12, 3072)
+    large = size(1024, 24, 16, 4096)
+    giant = dict(size(1536, 40, 24, 4096), activation="swiglu")
+    so400m = size(1152, 27, 16, 4304)
+    meta = "https://dl.fbaipublicfiles.com"
+    hub = "https://huggingface.co/{}/resolve/main/model.safetensors"
     dino = f"{meta}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
-    add("dino_vits16", dino, "s", 224, 16, interpolation="bicubic")
-    for size in "sblg":
-        name = f"dinov2_vit{size}14"
+    table = dict(
+        dino_vits16=(dino, dict(small, interpolation="bicubic")),
+        mae_vitb16=(hub.format("facebook/vit-mae-base"), base),
+        mae_vitl16=(hub.format("facebook/vit-mae-large"), large))
+    for letter, vit in dict(s=small, b=base, l=large, g=giant).items():
+        name = f"dinov2_vit{letter}14"
         url = f"{meta}/dinov2/{name}/{name}"
-        kind = dict(layer_scale=True, interpolation="bicubic", activation="swiglu" if size == "g" else "gelu")
-        add(name, f"{url}_pretrain.pth", size, 518, 14, **kind)
-        add(f"{name}_reg", f"{url}_reg4_pretrain.pth", size, 518, 14, registers=4, antialias=True, **kind)
-    for size, word, patch, sides in (("b", "base", 16, (224, 256, 384, 512)), ("l", "large", 16, (256, 384, 512)),
-                                     ("so400m", "so400m", 14, (224, 384)), ("so400m", "so400m", 16, (256, 384, 512))):
+        vit = dict(vit, image_size=518, patch_size=14, layer_scale=True, interpolation="bicubic")
+        table[name] = f"{url}_pretrain.pth", vit
+        table[f"{name}_reg"] = f"{url}_reg4_pretrain.pth", dict(vit, registers=4, antialias=True)
+    for word, vit, patch, sides in (
+            ("base", base, 16, (224, 256, 384, 512)), ("large", large, 16, (256, 384, 512)),
+            ("so400m", so400m, 14, (224, 384)), ("so400m", so400m, 16, (256, 384, 512))):
+        vit = dict(vit, patch_size=patch, class_token=False, normalize="half", activation="gelu_tanh")
         for side in sides:
             name = f"siglip2-{word}-patch{patch}-{side}"
-            url = f"huggingface.co/google/{name}/resolve/main/model.safetensors"
-            add(name, url, size, side // patch * patch, patch, class_token=False, normalize="half",
-                activation="gelu_tanh")
-    for size, word in (("b", "base"), ("l", "large")):
-        add(f"mae_vit{size}16", f"huggingface.co/facebook/vit-mae-{word}/resolve/main/model.safetensors", size, 224, 16)
+            table[name] = hub.format(f"google/{name}"), dict(vit, image_size=side // patch * patch)
     return table
 
 
@@ -401,33 +402,30 @@ VFMS = vfm_table()
 
 
 def vit_from(config):
-    """The network of a ViT's `config`: a ViT, or the toy's with its stem."""
+    """A ViT from its `config`."""
     return ToyViT(**config) if "stem" in config else ViT(**config)
 
 
 def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
-    """A frozen ViT in eval mode: "toy" or "toy-blind" (trained when first needed, kept in the folder `cache`), a name
-    in VFMS (the official file, fetched once) or such a file's path; pretrained=False: a name's random weights.
-    `overrides`: ViT arguments that a state dict does not show (`num_heads`). UserError for an unknown name and files
-    that do not fit."""
+    """A frozen ViT in eval mode: "toy" or "toy-blind" (trained when first needed, kept in `cache`), a name in VFMS (the
+    official file, fetched once) or such a file's path; pretrained=False: a name's random weights. `overrides`: ViT
+    arguments that a state dict does not show (`num_heads`)."""
     name = str(name_or_path)
+    url, config = VFMS.get(name, (name, {}))
     state = None
     if name in TOY_VFMS:
         config = TOY_VIT
         if pretrained:
             state = toy_vfm_weights(name, cache)
-    elif name in VFMS and not pretrained:
-        config = VFMS[name][1]
-    else:
-        if name not in VFMS and not name.startswith("http") and not os.path.exists(name):
+    elif pretrained or not config:
+        if not config and not name.startswith("http") and not os.path.exists(name):
             raise UserError(f"no VFM {name}: neither a file nor one of {', '.join([*TOY_VFMS, *VFMS])}")
-        url, known = VFMS.get(name, (name, {}))
         state = load_weights(url)
         try:
             state = to_vit_keys(state.get("teacher", state.get("model", state)))
-            config = {**vit_config(state), **known}
+            config = {**vit_config(state), **config}
         except (KeyError, AttributeError, ValueError) as error:
-            raise UserError(f"{name} holds no vision transformer that load_vfm knows: it lacks or misshapes {error}")
+            raise UserError(f"{name} holds no ViT that load_vfm knows: it lacks or misshapes {error}")
     vit = vit_from({**config, **overrides})
     if state is not None:
         load_state(vit, state, name)
@@ -438,17 +436,16 @@ def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
 # Adapters: VFM features -> moments of the latent (VFM-VAE section 3.1; AlignTok section 3)
 
 class ProjectionAttention(nn.Module):
-    """Attention that changes the width: narrowing, heads of width d_in / num_heads are averaged, then pooled to d_out
-    if need be; else heads of width d_out / num_heads are concatenated."""
+    """Attention that changes the width: narrowing, heads are averaged, then pooled to d_out if need be; else they are
+    concatenated."""
 
     def __init__(self, d_in, d_out, num_heads):
         super().__init__()
-        self.num_heads = num_heads
-        self.d_out = d_out
-        self.narrow = d_in > d_out
         inner = max(d_in, d_out)
         if inner % num_heads:
             raise ValueError(f"{num_heads} attention heads do not divide {inner} channels")
+        self.num_heads = num_heads
+        self.narrow = d_in > d_out
         self.qkv = nn.Linear(d_in, 3 * inner, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(inner))
         self.v_bias = nn.Parameter(torch.zeros(inner))
@@ -460,9 +457,8 @@ class ProjectionAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, width]
         x = F.scaled_dot_product_attention(q, k, v)
         x = x.mean(1) if self.narrow else x.transpose(1, 2).flatten(2)  # [B, N, width or d_out]
-        if x.shape[-1] != self.d_out:
-            x = F.adaptive_avg_pool1d(x, self.d_out)
-        return self.proj(x)  # [B, N, d_out]
+        d_out = self.proj.in_features
+        return self.proj(x if x.shape[-1] == d_out else F.adaptive_avg_pool1d(x, d_out))  # [B, N, d_out]
 
 
 class GatedMLP(nn.Module):
@@ -479,7 +475,7 @@ class GatedMLP(nn.Module):
 
 
 class AttnProjection(nn.Module):
-    """Tokens [B, N, d_in] -> [B, N, d_out]: y = W_p LN3(x) + Attn(LN1(x)), then y + MLP(LN2(y))."""
+    """y = W_p LN3(x) + Attn(LN1(x)), then y + MLP(LN2(y))."""
 
     def __init__(self, d_in, d_out, num_heads):
         super().__init__()
@@ -517,7 +513,7 @@ class LevelAdapter(nn.Module):
         x = F.pixel_unshuffle(x, self.fold).flatten(2).transpose(1, 2)  # [B, h w, d fold^2]
         return self.fuse(x).transpose(1, 2).unflatten(2, grid)  # [B, 2 C, h, w]
 
-    def last_weight(self):  # at which VFM-VAE compares gradients
+    def last_weight(self):  # at which gradients are compared
         return self.fuse.mlp.w2.weight
 
 
@@ -526,8 +522,8 @@ class PointwiseAdapter(nn.Module):
 
     def __init__(self, in_dim, hidden, z_dim):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden), nn.SiLU(), nn.Linear(hidden, 2 * z_dim))
+        layers = nn.Linear(in_dim, hidden), nn.SiLU(), nn.Linear(hidden, 2 * z_dim)
+        self.net = nn.Sequential(nn.LayerNorm(in_dim), *layers)
 
     def forward(self, features, grid):  # levels, each [B, N, D]; (h, w)
         return self.net(features[-1]).transpose(1, 2).unflatten(2, grid)  # [B, 2 C, h, w]
@@ -538,10 +534,6 @@ class PointwiseAdapter(nn.Module):
 
 # -----------------------------------------------------------------------------
 # VFM-VAE's decoder: style, multi-scale latent fusion, progressive resolution reconstruction (section 3.2)
-
-def group_norm(channels, most):
-    return nn.GroupNorm(min(32, most), channels)
-
 
 def pointwise(d_in, d_out, bias=True):
     return nn.Conv2d(d_in, d_out, 1, bias=bias)
@@ -556,17 +548,16 @@ class EqualLinear(nn.Module):
 
     def __init__(self, d_in, d_out, lr_mul=1.0, bias_init=0.0):
         super().__init__()
+        self.lr_mul = lr_mul
         self.weight = nn.Parameter(torch.randn(d_out, d_in) / lr_mul)
         self.bias = nn.Parameter(torch.full((d_out,), bias_init / lr_mul))
-        self.weight_gain = lr_mul / math.sqrt(d_in)
-        self.bias_gain = lr_mul
 
     def forward(self, x):
-        return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+        return F.linear(x, self.weight * (self.lr_mul / math.sqrt(x.shape[1])), self.bias * self.lr_mul)
 
 
 class Style(nn.Module):
-    """The affine map of w to a scale for each input channel, m1 * m2 + m3: [B, w_dim] -> [B, C]."""
+    """w [B, w_dim] -> a scale for each input channel [B, C]."""
 
     def __init__(self, w_dim, channels):
         super().__init__()
@@ -580,7 +571,7 @@ class Style(nn.Module):
 class LatentFusion(nn.Module):
     """The decompressed latent at a block's input resolution: folded space to depth, or unfolded."""
 
-    def __init__(self, z_dim, dim, fold=1, unfold=1):
+    def __init__(self, z_dim, dim, fold, unfold):
         super().__init__()
         self.fold = fold
         self.unfold = unfold
@@ -588,13 +579,13 @@ class LatentFusion(nn.Module):
         wide = dim * unfold ** 2
         self.depthwise = depthwise(folded, 3, bias=False)
         self.pointwise1 = pointwise(folded, wide, bias=False)
-        self.norm1 = group_norm(wide, wide)
+        self.norm1 = nn.GroupNorm(min(32, wide), wide)
         self.pointwise2 = pointwise(dim, dim, bias=False)
-        self.norm2 = group_norm(dim, dim)
+        self.norm2 = nn.GroupNorm(min(32, dim), dim)
 
     def forward(self, z):  # [B, z_dim, h, w]
-        x = F.pixel_unshuffle(z, self.fold)  # [B, folded, h / fold, w / fold]
-        x = F.leaky_relu(self.norm1(self.pointwise1(self.depthwise(x))), 0.2)  # [B, wide, h / fold, w / fold]
+        x = F.pixel_unshuffle(z, self.fold)  # [B, folded, ...]
+        x = F.leaky_relu(self.norm1(self.pointwise1(self.depthwise(x))), 0.2)  # [B, wide, ...]
         x = F.pixel_shuffle(x, self.unfold)  # [B, dim, h', w']
         return self.norm2(self.pointwise2(x))
 
@@ -606,13 +597,12 @@ class Upsample(nn.Module):
         super().__init__()
         self.norm_first = index > 0
         normed = d_in if self.norm_first else d_out
-        self.norm = group_norm(normed, normed // 4)
+        self.norm = nn.GroupNorm(min(32, normed // 4), normed)
         self.depthwise = depthwise(d_in, 3, bias=False)
         self.pointwise = pointwise(d_in, 4 * d_out, bias=False)
         row = torch.tensor([1.0, 2, 1] if index <= 2 else [1.0, 4, 6, 4, 1])
-        kernel = row[:, None] * row
-        kernel = (kernel / kernel.sum()).expand(d_out, 1, -1, -1).contiguous()
-        self.register_buffer("blur", kernel, persistent=False)
+        kernel = row[:, None] * row / row.sum() ** 2
+        self.register_buffer("blur", kernel.expand(d_out, 1, -1, -1).contiguous(), persistent=False)
 
     def forward(self, x):  # [B, d_in, h, w]
         if self.norm_first:
@@ -625,14 +615,14 @@ class Upsample(nn.Module):
 
 
 class ConvNeXtLayer(nn.Module):
-    """ConvNeXt with a modulated first pointwise layer. A sample's weights W * s / sqrt(sum (W s)^2) are never formed: s
-    scales the input, with the GroupNorm's affine, and the demodulation the output, with the bias."""
+    """ConvNeXt, its first pointwise layer modulated. A sample's weights W s / sqrt(sum (W s)^2) are never formed: s
+    scales the input, with the GroupNorm's affine, the demodulation the output, with the bias."""
 
     def __init__(self, dim, kernel, w_dim, noise_size=0):
         super().__init__()
         self.dwconv = depthwise(dim, kernel)
         self.noise = NoiseMap(noise_size) if noise_size else nn.Identity()
-        self.norm = group_norm(dim, dim // 4)
+        self.norm = nn.GroupNorm(min(32, dim // 4), dim)
         self.style = Style(w_dim, dim)
         self.pwconv1 = pointwise(dim, 4 * dim)
         self.pwconv2 = pointwise(4 * dim, dim)
@@ -662,19 +652,19 @@ class ChannelNorm(nn.Module):
 
 
 class DecoderAttention(nn.Module):
-    """Self-attention over positions with one learned null key and value, then a pointwise MLP; both start at zero."""
+    """Self-attention over positions with a learned null key and value, then a pointwise MLP; both start at zero."""
+    num_heads = 8
 
-    def __init__(self, dim, num_heads=8):
+    def __init__(self, dim):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{num_heads} attention heads do not divide {dim} channels")
-        self.num_heads = num_heads
+        if dim % self.num_heads:
+            raise ValueError(f"{self.num_heads} attention heads do not divide {dim} channels")
         self.norm = ChannelNorm(dim)
         self.to_q = pointwise(dim, dim, bias=False)
         self.to_k = pointwise(dim, dim, bias=False)
         self.to_v = pointwise(dim, dim, bias=False)
         self.to_out = pointwise(dim, dim, bias=False)
-        self.null_kv = nn.Parameter(torch.randn(2, num_heads, dim // num_heads))
+        self.null_kv = nn.Parameter(torch.randn(2, self.num_heads, dim // self.num_heads))
         self.ff = nn.Sequential(ChannelNorm(dim), pointwise(dim, 4 * dim), nn.GELU(), pointwise(4 * dim, dim))
         nn.init.zeros_(self.to_out.weight)
         nn.init.zeros_(self.ff[3].weight)
@@ -684,7 +674,7 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x):  # [B, C, h, w]
         y = self.norm(x)
-        q, k, v = self.heads(self.to_q(y)), self.heads(self.to_k(y)), self.heads(self.to_v(y))
+        q, k, v = (self.heads(layer(y)) for layer in (self.to_q, self.to_k, self.to_v))
         null_k, null_v = self.null_kv.to(k.dtype)[:, None, :, None].expand(-1, len(x), -1, -1, -1)  # [B, heads, 1, d]
         k = torch.cat([null_k, k], 2)  # [B, heads, 1 + h w, d]
         v = torch.cat([null_v, v], 2)
@@ -710,7 +700,7 @@ class ToRGB(nn.Module):
 class DecoderBlock(nn.Module):
     """Twice the resolution: x [B, d_in, h, w], the sum of the blocks before -> x, sum [B, dim, 2 h, 2 w]."""
 
-    def __init__(self, index, d_in, dim, w_dim, layers, attentions, sum_in=0, noise_size=0):
+    def __init__(self, index, d_in, dim, w_dim, layers, attentions, sum_in, noise_size):
         super().__init__()
         kernel = 5 if index <= 1 else 7
         self.upsample = Upsample(d_in, dim, index)
@@ -730,15 +720,14 @@ class DecoderBlock(nn.Module):
 
 class VFMVAEDecoder(nn.Module):
     """Latents [B, C, h, w] -> images, as a list from the coarsest to the finest (`scales=True`) or the finest alone.
-    `widths`: channels of the blocks, each of which doubles the resolution; `fuse_dims`, `attention`: channels of the
-    latent fused into the first blocks, self-attentions after them."""
+    Arguments: see Config."""
 
-    def __init__(self, z_dim=32, downsample=16, post_factor=16, widths=(512, 512, 512, 512, 256, 128),
-                 fuse_dims=(512, 256, 128, 128), attention=(2, 2, 2), num_res_blocks=2, w_dim=512, noise_sizes=()):
+    def __init__(self, z_dim, downsample, post_factor, widths, fuse_dims, attention, num_res_blocks, w_dim,
+                 noise_sizes=()):
         super().__init__()
         self.granularity = 2 ** len(widths) // downsample  # the latent grid must be a multiple of it
         if not self.granularity:
-            raise UserError(f"{len(widths)} --widths cannot double their way to {downsample} times the latents")
+            raise UserError(f"{len(widths)} --widths are too few for --downsample={downsample}")
         dim = post_factor * z_dim
         self.post_quant = AttnProjection(z_dim, dim, post_factor)
         self.mapping = nn.Sequential(EqualLinear(dim, dim, 0.01), nn.LeakyReLU(0.2), EqualLinear(dim, w_dim, 0.01))
@@ -746,25 +735,26 @@ class VFMVAEDecoder(nn.Module):
         self.blocks = nn.ModuleList()
         before = 0
         for i, width in enumerate(widths):
-            fused = fuse_dims[i] if i < len(fuse_dims) else 0
-            if fused:
+            d_in = before
+            if i < len(fuse_dims):
                 fold = max(1, self.granularity >> i)
                 unfold = max(1, (downsample << i) >> len(widths))
-                self.fusions.append(LatentFusion(dim, fused, fold, unfold))
+                self.fusions.append(LatentFusion(dim, fuse_dims[i], fold, unfold))
+                d_in += fuse_dims[i]
             layers = 1 + num_res_blocks * (3 if i <= 3 else 2)
             attentions = attention[i] if i < len(attention) else 0
             noise_size = noise_sizes[i] if noise_sizes else 0
-            self.blocks.append(DecoderBlock(i, before + fused, width, w_dim, layers, attentions, before, noise_size))
+            self.blocks.append(DecoderBlock(i, d_in, width, w_dim, layers, attentions, before, noise_size))
             before = width
 
     def decompress(self, z):
-        """-> decompressed latent [B, post_factor * C, h, w], style w [B, w_dim]"""
+        """-> decompressed latent [B, post_factor C, h, w], style w [B, w_dim]"""
         h = self.post_quant(z.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, z.shape[2:])
         pooled = h.mean((2, 3))
         return h, self.mapping(pooled * torch.rsqrt(pooled.square().mean(1, keepdim=True) + 1e-8))
 
     def body(self, z):
-        """-> the sum after each block, coarse to fine, and w: all but the layers at which losses compare gradients."""
+        """-> the sum after each block, coarse to fine, and w: all but the layers at which gradients are compared."""
         h, w = self.decompress(z)
         x = x_sum = None
         sums = []
@@ -792,12 +782,12 @@ class VFMVAEDecoder(nn.Module):
 class Tokenizer(nn.Module):
     """encode: images [B, 3, H, W] in [-1, 1] -> mean, logvar [B, C, H/f, W/f]; decode: latents -> images.
 
-    The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, else AlignTok's) or LDM's; the decoder VFM-VAE's
-    or LDM's; arguments of modules are dictionaries. H and W: multiples of f times the decoder's granularity that the
-    VFM's patches divide after scaling. Tokenizer(**tokenizer.arch) is the same model."""
+    The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, else AlignTok's) or LDM's; arguments of modules
+    are dictionaries. H and W: see `check_size`. Tokenizer(**tokenizer.arch) is the same model."""
 
-    def __init__(self, resolution=256, downsample=16, z_dim=32, vfm=None, layers=(0, 12, -1), scale_factor=2.0,
-                 level_dims=None, adapter_hidden=0, encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0):
+    def __init__(
+            self, resolution=256, downsample=16, z_dim=32, vfm=None, layers=(0, 12, -1), scale_factor=2.0,
+            level_dims=None, adapter_hidden=0, encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0):
         super().__init__()
         self.arch = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         self.resolution = resolution
@@ -805,25 +795,26 @@ class Tokenizer(nn.Module):
         self.z_dim = z_dim
         self.layers = tuple(layers)
         self.scale_factor = scale_factor
-        self.vfm = vit_from(vfm).eval() if vfm else None  # its BatchNorms keep their statistics, also while it trains
-        if not vfm:
-            self.adapter = LDMEncoder(z_dim, **(encoder or {}))
-        else:
-            if not all(-1 <= i <= self.vfm.depth for i in layers):
+        self.vfm = None
+        if vfm:
+            self.vfm = vit_from(vfm).eval()  # its BatchNorms keep their statistics, also while it trains
+            dim = self.vfm.embed_dim
+            if min(layers) < -1 or max(layers) > self.vfm.depth:
                 raise UserError(f"layers {layers}: this VFM has 0 to {self.vfm.depth}, and -1")
             fold = downsample * scale_factor / self.vfm.patch_size
-            if fold < 1 or fold != round(fold) or fold > 1 and not level_dims:
-                raise UserError(f"the VFM's tokens are {fold:g} times as fine as the latents; AlignTok takes 1, "
-                                "VFM-VAE whole numbers: see --scale_factor, --downsample")
+            if fold < 1 or fold % 1 or fold > 1 and not level_dims:
+                raise UserError(f"VFM tokens {fold:g} times as fine as latents: see --scale_factor, --downsample")
             if level_dims:
-                in_dims = [self.vfm.level0_dim if i == 0 else self.vfm.embed_dim for i in layers]
+                in_dims = [self.vfm.level0_dim if i == 0 else dim for i in layers]
                 self.adapter = LevelAdapter(in_dims, level_dims, round(fold), z_dim)
             else:
-                self.adapter = PointwiseAdapter(self.vfm.embed_dim, adapter_hidden or self.vfm.embed_dim, z_dim)
-        if decoder_kind == "vfmvae":
-            self.decoder = VFMVAEDecoder(z_dim, downsample, **(decoder or {}))
+                self.adapter = PointwiseAdapter(dim, adapter_hidden or dim, z_dim)
         else:
-            self.decoder = LDMDecoder(z_dim, **(decoder or {}))
+            self.adapter = LDMEncoder(z_dim, **encoder)
+        if decoder_kind == "vfmvae":
+            self.decoder = VFMVAEDecoder(z_dim, downsample, **decoder)
+        else:
+            self.decoder = LDMDecoder(z_dim, **decoder)
         self.vf_proj = pointwise(z_dim, vf_dim, bias=False) if vf_dim else None  # for the VF loss alone
 
     def features(self, images):
@@ -837,18 +828,19 @@ class Tokenizer(nn.Module):
         patch = self.vfm.patch_size if self.vfm else 1
         for side in (height, width):
             if side % f or round(side * self.scale_factor) % patch:
-                raise UserError(f"images of {height} x {width} do not fit this tokenizer: it takes multiples of {f} "
-                                f"that patches of {patch} divide after scaling by {self.scale_factor}")
+                raise UserError(f"{height} x {width}: sides must be multiples of {f}, scaled by {self.scale_factor:g} "
+                                f"of {patch}")
 
     def moments(self, features, height, width):
-        """-> [B, 2 C, h, w]: mean and log variance before the clamp."""
-        return self.adapter(features, (height // self.downsample, width // self.downsample))
+        return self.adapter(features, (height // self.downsample, width // self.downsample))  # [B, 2 C, h, w]
+
+    def posterior(self, features, height, width):
+        mean, logvar = self.moments(features, height, width).float().chunk(2, 1)  # each [B, C, h, w]
+        return mean, logvar.clamp(-30, 20)
 
     def encode(self, images):
-        height, width = images.shape[-2:]
-        self.check_size(height, width)
-        mean, logvar = self.moments(self.features(images), height, width).float().chunk(2, 1)  # each [B, C, h, w]
-        return mean, logvar.clamp(-30, 20)
+        self.check_size(*images.shape[-2:])
+        return self.posterior(self.features(images), *images.shape[-2:])
 
     def decode(self, z):
         return self.decoder(z)
@@ -861,29 +853,31 @@ def vfm_of(cfg):
 
 
 def build_tokenizer(cfg, pretrained=True):
-    """The untrained Tokenizer of a Config, its VFM pretrained -> (tokenizer, the VF loss's VFM if another)."""
+    """-> the untrained Tokenizer of a Config, its VFM pretrained, and the VF loss's VFM if another."""
     name, scale = vfm_of(cfg)
     on_vfm = cfg.method in ("vfmvae", "aligntok")
     vf = any(stage.vf for stage in stages_of(cfg))
     vfm = load_vfm(name, cfg.cache, pretrained) if vf or on_vfm else None
-    fusion_keys = ("post_factor", "widths", "fuse_dims", "attention", "num_res_blocks", "w_dim")
-    fusion = {key: getattr(cfg, key) for key in fusion_keys}
-    ldm = dict(ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.ldm_blocks, groups=cfg.groups,
-               attn_levels=(len(cfg.ch_mult) - 1,) if cfg.ldm_attention else ())
     kind = cfg.decoder or ("vfmvae" if cfg.method == "vfmvae" else "ldm")
-    arch = dict(resolution=cfg.image_size, downsample=cfg.downsample, z_dim=cfg.z_dim, decoder_kind=kind,
-                decoder=fusion if kind == "vfmvae" else ldm, vf_dim=vfm.embed_dim if vf else 0)
-    if cfg.method == "vfmvae":
-        if cfg.layers[-1:] != (-1,):
-            raise UserError("--layers must end with -1, the VFM's output, which the VF loss reads")
-        level_dims = (cfg.level_dim,) * len(cfg.layers)
-        arch.update(vfm=vfm.config, scale_factor=scale, layers=cfg.layers, level_dims=level_dims)
-    elif cfg.method == "aligntok":
+    convolutions = dict(
+        ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.ldm_blocks, groups=cfg.groups,
+        attn_levels=(len(cfg.ch_mult) - 1,) if cfg.ldm_attention else ())
+    arch = dict(
+        resolution=cfg.image_size, downsample=cfg.downsample, z_dim=cfg.z_dim, decoder_kind=kind,
+        decoder=convolutions, vf_dim=vfm.embed_dim if vf else 0)
+    if kind == "vfmvae":
+        names = ("post_factor", "widths", "fuse_dims", "attention", "num_res_blocks", "w_dim")
+        arch["decoder"] = {name: getattr(cfg, name) for name in names}
+    if on_vfm:
         arch.update(vfm=vfm.config, scale_factor=scale, layers=(-1,))
     else:
-        arch.update(encoder=ldm, scale_factor=1.0)
+        arch.update(encoder=convolutions, scale_factor=1.0)
+    if cfg.method == "vfmvae":
+        arch.update(layers=cfg.layers, level_dims=(cfg.level_dim,) * len(cfg.layers))
+        if cfg.layers[-1:] != (-1,):
+            raise UserError("--layers must end with -1, which the VF loss reads")
     if (kind == "ldm" or not on_vfm) and 2 ** (len(cfg.ch_mult) - 1) != cfg.downsample:
-        raise UserError(f"--ch_mult of {len(cfg.ch_mult)} levels does not downsample by --downsample={cfg.downsample}")
+        raise UserError(f"--ch_mult of {len(cfg.ch_mult)} levels does not downsample by {cfg.downsample}")
     try:
         tokenizer = Tokenizer(**arch)
     except ValueError as error:  # of channels that groups or heads do not divide
@@ -905,8 +899,8 @@ def kl_loss(mean, logvar):
 
 def vf_loss(projected, features, margin_matrix=0.0, margin_cos=0.0):
     """VA-VAE's vision foundation model loss (arXiv 2501.01423, section 3.2), VFM-VAE's representation regularisation:
-    the distance of projected latents [B, D, h, w] from the VFM's tokens [B, N, D], pooled to the latent grid: of their
-    matrices of cosines over all pairs of tokens, plus of the tokens themselves."""
+    how far projected latents [B, D, h, w] are from the VFM's tokens [B, N, D], pooled to the latent grid, in their
+    cosines over all pairs of tokens, plus token by token."""
     side = math.isqrt(features.shape[1] * projected.shape[2] // projected.shape[3])
     target = features.detach().float().transpose(1, 2).unflatten(2, (side, -1))  # [B, D, H, W]
     f = F.normalize(F.adaptive_avg_pool2d(target, projected.shape[2:]).flatten(2), dim=1)  # [B, D, h w]
@@ -915,35 +909,37 @@ def vf_loss(projected, features, margin_matrix=0.0, margin_cos=0.0):
     return matrix + F.relu(1 - margin_cos - (z * f).sum(1)).mean()
 
 
-def gradient_ratio(grad_a, grad_b):
-    """LDM's adaptive weight of one loss beside another (arXiv 2012.09841, eq. 7), from both gradients at one weight."""
-    return grad_a.float().norm() / (grad_b.float().norm() + 1e-4)
+def adaptive_weight(loss, other, weight, most):
+    """LDM's weight of `other` beside `loss` (arXiv 2012.09841, eq. 7): the ratio of their gradients at one layer."""
+    norms = [torch.autograd.grad(each, weight, retain_graph=True)[0].float().norm() for each in (loss, other)]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(max=most)
 
 
-def loss_ratio(a, b, weight):
-    return gradient_ratio(*(torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (a, b)))
+def stand_in(x, grad):
+    """A loss whose gradient at x is `grad`."""
+    return (x * grad).sum()
 
 
 def draw_equivariance(seed, step, grid, granularity):
-    """VFM-VAE's equivariance regularisation of one batch, the same on all processes -> (kind, scale, quarter turns).
-    With probability 0.5 the "latent" is scaled and rotated, otherwise with 0.25 the "image" is shrunk first, else None;
-    the scales are those that the decoder's grid admits."""
+    """VFM-VAE's equivariance regularisation of one batch, the same on all processes -> (kind, scale, quarter turns):
+    with probability 0.5 the "latent" is scaled and rotated, otherwise with 0.25 the "image" is shrunk, else None; by
+    scales that the decoder's grid admits."""
     rng = np.random.default_rng((seed, step, 1))
-    kind = "latent" if rng.uniform() < 0.5 else "image" if rng.uniform() < 0.25 else None
-    scales = []
-    for scale in (0.25, 0.5, 0.75, 1.0):
-        if grid * scale >= granularity and grid * scale % granularity == 0 and (kind == "latent" or scale < 1):
-            scales.append(scale)
-    if kind is None or not scales:
-        return None, 1.0, 0
-    return kind, float(rng.choice(scales)), int(rng.integers(4)) if kind == "latent" else 0
+    latent = rng.uniform() < 0.5
+    scales = (0.25, 0.5, 0.75, 1.0) if latent else (0.25, 0.5, 0.75)
+    scales = [scale for scale in scales if grid * scale >= granularity and grid * scale % granularity == 0]
+    if latent:
+        return "latent", float(rng.choice(scales)), int(rng.integers(4))
+    if rng.uniform() < 0.25 and scales:
+        return "image", float(rng.choice(scales)), 0
+    return None, 1.0, 0
 
 
 # -----------------------------------------------------------------------------
 # Training
 
 class Trainer:
-    """The networks of one tokenizer's training and their losses, shared by `train` and align.py's joint training."""
+    """One tokenizer's training, shared by `train` and align.py's joint training."""
 
     def objective(self, images, images_seen=0):
         """The loss of images [B, 3, H, W] in plain form; `generator_step` computes its gradients."""
@@ -954,14 +950,14 @@ class Trainer:
         reconstruction, _ = self.reconstruction_loss(outputs, images)  # L1, LPIPS, SSIM, multi-resolution
         loss = reconstruction + stage.kl * kl_loss(mean, logvar)
         if stage.preserve:
-            loss = loss + self.preserve_weight(images) * F.mse_loss(mean, self.anchor_mean(images))
+            loss = loss + stage.weight("preserve", images) * self.preserve_loss(images, mean)
         if stage.vf:
             vf = vf_loss(tok.vf_proj(z), features[-1], *stage.vf_margins)
-            loss = loss + stage.vf * loss_ratio(reconstruction, vf, tok.adapter.last_weight()).clamp(max=1e8) * vf
+            loss = loss + stage.vf * adaptive_weight(reconstruction, vf, tok.adapter.last_weight(), 1e8) * vf
         if self.gan and images_seen >= self.gan_start:
             gan, _ = self.adversarial_loss(outputs[-1], images)
             if stage.gan_adaptive:
-                gan = loss_ratio(reconstruction, gan / stage.patch, tok.decoder.last_weight()).clamp(max=1e4) * gan
+                gan = adaptive_weight(reconstruction, gan / stage.patch, tok.decoder.last_weight(), 1e4) * gan
             loss = loss + gan
         return loss
 
@@ -982,11 +978,11 @@ class Trainer:
         torch.backends.cudnn.benchmark = True
         if cfg.compile:
             torch._dynamo.config.cache_size_limit = 64  # sizes x scales x stages
-            torch._functorch.config.donated_buffer = False  # the decoder's graph may be walked twice
+            torch._functorch.config.donated_buffer = False  # a graph may be walked twice
             for module in (tokenizer.vfm, vfm, self.perceptual_net, *getattr(tokenizer.adapter, "levels", ())):
                 if module is not None:
                     module.compile(dynamic=False)
-            for module in (tokenizer.adapter, tokenizer.decoder):  # without the layers at which gradients are compared
+            for module in (tokenizer.adapter, tokenizer.decoder):
                 if hasattr(module, "body"):
                     module.body = torch.compile(module.body, dynamic=False)
 
@@ -994,10 +990,10 @@ class Trainer:
         """Freezes and unfreezes, makes the discriminators and both optimizers."""
         cfg, device = self.cfg, self.world.device
         self.stage = stage
-        self.multires_end = stage.multires_kimg * 1000 * self.length_scale if stage.multires else 0  # images
+        self.multires_end = stage.multires_kimg * 1000 * self.length_scale  # images
         self.gan_start = stage.gan_start_kimg * 1000 * self.length_scale
         groups = select_parameters(self.tokenizer, stage.trains)
-        self.parameters = [p for group in groups.values() for p in group]
+        self.parameters = sum(groups.values(), [])
         adam = functools.partial(torch.optim.Adam, lr=stage.lr, betas=stage.betas, fused=device.type == "cuda")
         rates = dict(encoder=stage.encoder_lr)
         self.optimizer = adam([dict(params=group, lr=rates.get(name, stage.lr)) for name, group in groups.items()])
@@ -1009,7 +1005,7 @@ class Trainer:
             self.gan = GAN(stage, vit, cfg.ndf, cfg.image_size).to(device, memory_format=self.world.layout)
             if self.world.size > 1 and device.type == "cuda":
                 self.gan = nn.SyncBatchNorm.convert_sync_batchnorm(self.gan)
-            if previous is not None:  # the discriminators that the stages share go on
+            if previous:  # what the stages share goes on
                 self.gan.load_state_dict(previous.state_dict(), strict=False)
             self.gan_parameters = [p for p in self.gan.parameters() if p.requires_grad]
             self.gan_optimizer = adam(self.gan_parameters)
@@ -1024,49 +1020,47 @@ class Trainer:
                 self.anchor.vfm.compile(dynamic=False)
 
     def adopt(self, averages):
-        """At a stage's beginning: what it freezes, and AlignTok's anchor, become what is saved, the averages."""
-        frozen = [name for name, p in self.tokenizer.named_parameters() if name in averages and not p.requires_grad]
-        self.tokenizer.load_state_dict({name: averages[name] for name in frozen}, strict=False)
+        """At a stage's beginning: what it freezes, and AlignTok's anchor, become the averages."""
+        trained = {name for name, p in self.tokenizer.named_parameters() if p.requires_grad}
+        frozen = {name: value for name, value in averages.items() if name not in trained}
+        self.tokenizer.load_state_dict(frozen, strict=False)
         if self.anchor:
-            names = [name for name, _ in self.anchor.named_parameters()]
-            self.anchor.load_state_dict({name: averages[name] for name in names}, strict=False)
+            self.anchor.load_state_dict(averages, strict=False)
 
     def state_dict(self):
-        """What a checkpoint keeps of training; see `load_state_dict`."""
-        parts = dict(model=self.tokenizer, optimizer=self.optimizer, gan=self.gan, gan_optimizer=self.gan_optimizer,
-                     anchor=self.anchor)
-        return {name: part and part.state_dict() for name, part in parts.items()}
+        entries = dict(model=self.tokenizer.state_dict())
+        for name in ("optimizer", "gan", "gan_optimizer", "anchor"):
+            part = getattr(self, name)
+            entries[name] = part and part.state_dict()
+        return entries
 
     def load_state_dict(self, entries, same_stage=True):
-        """After `start_stage`, from a checkpoint's entries; the model is loaded by whoever builds it."""
-        if self.anchor and entries["anchor"]:
-            self.anchor.load_state_dict(entries["anchor"])
-        if self.gan and entries["gan"]:
-            self.gan.load_state_dict(entries["gan"], strict=False)
+        """After `start_stage`, from a checkpoint's entries, all but the model."""
+        for name in ("anchor", "gan"):
+            part = getattr(self, name)
+            if part and entries[name]:
+                part.load_state_dict(entries[name], strict=False)
         if same_stage:
             load_moments(self.optimizer, entries["optimizer"])
             if self.gan:
                 load_moments(self.gan_optimizer, entries["gan_optimizer"])
 
     def set_lr(self, progress):
-        """The stage's learning rates, cooled down at the end; `progress` (0 to 1): of the whole run."""
+        """The stage's learning rates, cooled down at the end; `progress`: of the whole run, 0 to 1."""
         factor = min(1, (1 - progress) / self.cfg.cooldown) if self.cfg.cooldown else 1
         for optimizer in filter(None, (self.optimizer, self.gan_optimizer)):
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
     def encode(self, images):
-        """-> mean, logvar [B, C, h, w], and the VFM's levels, whose last the VF loss reads (None for the plain VAE)."""
-        tok = self.tokenizer
-        features = None
+        """-> mean, logvar [B, C, h, w], the VFM's levels, whose last the VF loss reads (None for the plain VAE)."""
+        vfm = self.target_vfm
         with self.world.autocast():
-            if tok.vfm is not None:
-                features = tok.features(images)
-            elif self.target_vfm is not None:
-                features = self.target_vfm(self.target_vfm.resize(images, scale=vfm_of(self.cfg)[1]))
-            moments = tok.moments(features if tok.vfm else images, *images.shape[-2:]).float()
-        mean, logvar = moments.chunk(2, 1)
-        return mean, logvar.clamp(-30, 20), features
+            features = self.tokenizer.features(images)
+            mean, logvar = self.tokenizer.posterior(features, *images.shape[-2:])
+            if self.tokenizer.vfm is None:
+                features = vfm and vfm(vfm.resize(images, scale=vfm_of(self.cfg)[1]))
+        return mean, logvar, features
 
     def decode(self, z, images_seen):
         """-> list of images, coarse to fine while the multi-resolution loss is on, else the finest alone."""
@@ -1078,74 +1072,66 @@ class Trainer:
     def draw_latent(self, mean, logvar):
         return mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if self.stage.sample else mean
 
-    def anchor_mean(self, images):
-        """The latents [B, C, h, w] of AlignTok's frozen first-stage encoder."""
+    def preserve_loss(self, images, mean):
+        """AlignTok's: the distance of the latents from those of the frozen first-stage encoder."""
         with self.world.autocast():
-            moments = self.anchor.moments(self.anchor.features(images), *images.shape[-2:])
-        return moments.float().chunk(2, 1)[0]
-
-    def preserve_weight(self, images):
-        return self.stage.preserve * (images[0].numel() if self.stage.summed else 1)
+            anchor, _ = self.anchor.posterior(self.anchor.features(images), *images.shape[-2:])
+        return F.mse_loss(mean, anchor)
 
     def latent_losses(self, images, labels, z, mean, logvar, features, whole):
-        """Losses that reach the encoder without the decoder -> values, weighted KL and preservation, unweighted VF loss
-        or None. `images` as encoded; `whole` as read, with `labels`: for joint training's diffusion model."""
+        """Losses that reach the encoder without the decoder -> values, weighted sum of KL and preservation, VF loss or
+        None. `images` as encoded; `whole` as read, with `labels`: for joint training's diffusion model."""
         stage = self.stage
         values = {}
-        fixed = mean.new_zeros(())
-        vf = None
         if stage.kl:
             values["kl"] = kl_loss(mean, logvar)
-            fixed = fixed + stage.kl * values["kl"]
         if stage.preserve:
-            values["preserve"] = F.mse_loss(mean, self.anchor_mean(images))
-            fixed = fixed + self.preserve_weight(images) * values["preserve"]
+            values["preserve"] = self.preserve_loss(images, mean)
+        fixed = self.weigh(values, images)
+        vf = None
         if stage.vf:
             with self.world.autocast():
                 projected = self.tokenizer.vf_proj(z)
             values["vf"] = vf = vf_loss(projected, features[-1], *stage.vf_margins)
         return values, fixed, vf
 
+    def weigh(self, values, images):
+        """The sum of the losses, each times its column's weight."""
+        total = images.new_zeros((), requires_grad=True)
+        for name, value in values.items():
+            total = total + self.stage.weight(name, images) * value
+        return total
+
     def reconstruction_loss(self, outputs, target):
-        """The weighted pixel, perceptual, SSIM and multi-resolution terms of the decoder's scales -> (loss, values)."""
+        """Pixel, perceptual, SSIM and multi-resolution terms of the decoder's scales -> (weighted sum, values)."""
         stage, fake = self.stage, outputs[-1]
-        scale = target[0].numel() if stage.summed else 1
         values = {}
-        loss = fake.new_zeros((), requires_grad=True)
         if stage.l1:
             values["l1"] = F.l1_loss(fake, target)
-            loss = loss + stage.l1 * scale * values["l1"]
         if stage.lpips:
             with self.world.autocast():
                 values["lpips"] = self.perceptual_net(fake, target).mean()
-            loss = loss + stage.lpips * scale * values["lpips"]
         if stage.ssim:
             values["ssim"] = 1 - ssim(fake.clamp(-1, 1), target, data_range=2).mean()
-            loss = loss + stage.ssim * values["ssim"]
         if len(outputs) > 1:
-            mode = self.tokenizer.vfm.interpolation if self.tokenizer.vfm else "bilinear"
-            values["multires"] = 0
-            for small in outputs[:-1]:
-                resized = F.interpolate(target, small.shape[-2:], mode=mode, antialias=True, align_corners=False)
-                values["multires"] = values["multires"] + F.l1_loss(small, resized)
-            loss = loss + stage.multires * values["multires"]
-        return loss, values
+            resize = self.tokenizer.vfm.resize
+            values["multires"] = sum(F.l1_loss(small, resize(target, small.shape[-2:])) for small in outputs[:-1])
+        return self.weigh(values, target), values
 
     def adversarial_loss(self, fake, target):
-        """The weighted sum of what the discriminators say of fakes -> (loss, values)."""
+        """The discriminators' losses -> (weighted sum, values)."""
         self.gan.requires_grad_(False)
         with self.world.autocast():
             values = self.gan.generator_loss(fake, target)
-        return sum(getattr(self.stage, name) * value for name, value in values.items()), values
+        return self.weigh(values, target), values
 
     def generator_step(self, images, labels, step, images_seen, share=1.0):
         """Accumulates `share` times the objective's gradients on one (micro-)batch -> (losses, fake, target).
 
-        The graph is cut at the latent and at the images, and gradients are handed over by hand: losses on images are
-        walked back once, LDM's adaptive weight costs its last layer alone, and the VF loss's, if there is a GAN, one
-        walk more through the decoder's activations."""
+        The graph is cut at the latent and at the images: losses on images are walked back once, LDM's adaptive weight
+        costs its last layer alone, and the VF loss's, if there is a GAN, one walk more through the decoder."""
         stage, tok = self.stage, self.tokenizer
-        kind, scale, turns = None, 1.0, 0
+        kind = None
         if stage.equivariance:
             grid = images.shape[-1] // tok.downsample
             kind, scale, turns = draw_equivariance(self.cfg.seed, step, grid, tok.decoder.granularity)
@@ -1165,43 +1151,36 @@ class Trainer:
         # gradients at the images
         leaves = [output.detach().float().requires_grad_() for output in outputs]
         reconstruction, values = self.reconstruction_loss(leaves, target)
-        grads = list(torch.autograd.grad(reconstruction, leaves, materialize_grads=True))  # zeros, where no loss looks
+        grads = list(torch.autograd.grad(reconstruction, leaves, materialize_grads=True))
         adversarial = None
         if self.gan and images_seen >= self.gan_start:
             loss, parts = self.adversarial_loss(leaves[-1], target)
             values.update(parts)
             adversarial, = torch.autograd.grad(loss, leaves[-1])
             if stage.gan_adaptive:
-                last, at = tok.decoder.last_weight(), []
-                for grad in (grads[-1], adversarial / stage.patch):
-                    grad = grad.to(outputs[-1].dtype)
-                    at += torch.autograd.grad(outputs[-1], last, grad, retain_graph=True)
-                values["gan_weight"] = gradient_ratio(*at).clamp(max=1e4)
+                ours = stand_in(outputs[-1], grads[-1])
+                theirs = stand_in(outputs[-1], adversarial / stage.patch)
+                values["gan_weight"] = adaptive_weight(ours, theirs, tok.decoder.last_weight(), 1e4)
                 adversarial = adversarial * values["gan_weight"]
         losses, fixed, vf = self.latent_losses(images, labels, z, mean, logvar, features, whole)
         values.update(losses)
 
-        # gradients at the latent
-        def handed(grads):
-            return [(grad * share).to(output.dtype) for output, grad in zip(outputs, grads)]
-
+        # gradients at the latent; the VF loss is weighed against the reconstruction alone
         apart = None
-        if vf is not None and adversarial is not None:  # the VF loss is weighed against the reconstruction alone
-            apart, = torch.autograd.grad(outputs, latent, handed(grads), retain_graph=True)
         if adversarial is not None:
+            if vf is not None:
+                apart, = torch.autograd.grad(share * sum(map(stand_in, outputs, grads)), latent, retain_graph=True)
             grads[-1] = grads[-1] + adversarial
-        torch.autograd.backward(outputs, handed(grads))
+        (share * sum(map(stand_in, outputs, grads))).backward()
 
         # gradients at the encoder
         if vf is not None:
-            last = tok.adapter.last_weight()
             apart = latent.grad if apart is None else apart
-            reach, = torch.autograd.grad(moved, last, apart / share, retain_graph=True)
-            own, = torch.autograd.grad(vf, last, retain_graph=True)
-            values["vf_weight"] = stage.vf * gradient_ratio(reach, own).clamp(max=1e8)
+            ours = stand_in(moved, apart / share)
+            values["vf_weight"] = stage.vf * adaptive_weight(ours, vf, tok.adapter.last_weight(), 1e8)
             fixed = fixed + values["vf_weight"] * vf
         if latent.requires_grad:
-            ((moved * latent.grad).sum() + share * fixed).backward()  # of the first, latent.grad is the gradient
+            (stand_in(moved, latent.grad) + share * fixed).backward()
         return {name: value.detach() for name, value in values.items()}, leaves[-1].detach(), target
 
     def discriminator_step(self, fake, target, share=1.0):
@@ -1222,7 +1201,7 @@ class Trainer:
             losses, fake, target = self.generator_step(images, labels, step, images_seen, share)
             pairs.append((fake, target))
         average_gradients(self.parameters, self.world)
-        losses["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        losses["grad_norm"] = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.gan and images_seen >= self.gan_start:
@@ -1251,7 +1230,7 @@ def select_parameters(tokenizer, trains):
 
 
 def average_gradients(parameters, world):
-    """One all-reduce. Not DistributedDataParallel: the losses walk one graph in several backward passes."""
+    """Not DistributedDataParallel: the losses walk one graph in several backward passes."""
     if world.size > 1:
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = world.mean(torch._utils._flatten_dense_tensors(grads))
@@ -1259,7 +1238,7 @@ def average_gradients(parameters, world):
 
 
 def load_moments(optimizer, saved):
-    """Adam's state, at this run's rates, each moment in its parameter's memory layout, as the fused kernel insists."""
+    """Adam's state, at this run's rates, in its parameters' memory layout, as the fused kernel insists."""
     optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["state"]))
     for p, state in optimizer.state.items():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -1267,8 +1246,7 @@ def load_moments(optimizer, saved):
 
 
 def average_weights(averages, module, images, batch, half_kimg):
-    """EMA: moves the averages {name: tensor} towards the weights that train; half-life at most 5% of the images
-    seen."""
+    """EMA of the weights that train, {name: tensor}; half-life at most 5% of the images seen."""
     live = dict(module.named_parameters())
     names = [name for name in averages if live[name].requires_grad]
     decay = 0.5 ** (batch / max(1e-3, min(half_kimg * 1000, 0.05 * images)))
@@ -1292,16 +1270,16 @@ def stages_of(cfg):
 
 
 def stage_plan(cfg):
-    """-> [(number, stage, first image, last image)], and the factor by which --kimg stretches the rows' lengths."""
+    """-> [(number, stage, first image, last image)], the factor by which --kimg stretches the rows."""
     stages = stages_of(cfg)
     scale = cfg.kimg / sum(stage.kimg for stage in stages) if cfg.kimg else 1.0
     plan = []
-    first = end = 0
+    end = last = 0
     for number, stage in enumerate(stages, 1):
+        first = last
         end += stage.kimg * 1000 * scale
         last = round(end / cfg.batch_size) * cfg.batch_size
         plan.append((number, stage, first, last))
-        first = last
     if not last:
         raise UserError(f"--kimg={cfg.kimg:g} is less than one batch of {cfg.batch_size}")
     return plan, scale
@@ -1309,47 +1287,49 @@ def stage_plan(cfg):
 
 @torch.no_grad()
 def training_flops(cfg, tokenizer):
-    """{stage's name: FLOPs of one image's training step}, for what trains thrice the forward pass, at the sizes to
-    which equivariance shrinks on average; without losses and discriminators."""
-    size = cfg.image_size
+    """{stage's name: FLOPs of one image's training step}, thrice the forward pass where it trains, at the average size
+    of equivariance; without losses and discriminators."""
 
     def count(part, *inputs):
         with FlopCounterMode(display=False) as counter:
             output = part(*inputs)
         return output, counter.get_total_flops()
 
-    features, vfm = count(tokenizer.features, torch.zeros(1, 3, size, size, device=next(tokenizer.parameters()).device))
+    size = cfg.image_size
+    device = next(tokenizer.parameters()).device
+    features, vfm = count(tokenizer.features, torch.zeros(1, 3, size, size, device=device))
     moments, adapter = count(tokenizer.moments, features, size, size)
     _, decoder = count(tokenizer.decode, moments.chunk(2, 1)[0])
     grid = size // tokenizer.downsample
     draws = [draw_equivariance(cfg.seed, step, grid, tokenizer.decoder.granularity) for step in range(1000)]
     flops = {}
     for stage in stages_of(cfg):
-        kinds = draws if stage.equivariance else [(None, 1.0, 0)]
-        encoded = np.mean([scale ** 2 if kind == "image" else 1.0 for kind, scale, _ in kinds])
-        decoded = np.mean([scale ** 2 for _, scale, _ in kinds])
         encoder = vfm * (3 if "encoder" in stage.trains else 1) + adapter * (3 if "adapter" in stage.trains else 1)
+        encoded = decoded = 1.0
+        if stage.equivariance:
+            encoded = np.mean([scale ** 2 if kind == "image" else 1.0 for kind, scale, _ in draws])
+            decoded = np.mean([scale ** 2 for _, scale, _ in draws])
         flops[stage.name] = float(encoder * encoded + 3 * decoder * decoded)
     return flops
 
 
 def train(cfg, world):
-    """Builds or resumes, then the stages in turn -> the Tokenizer with averaged weights; writes OUT/tokenizer.pt,
-    OUT/log.jsonl, pictures in OUT/grids."""
+    """The stages in turn, or on from OUT/tokenizer.pt -> the Tokenizer with averaged weights."""
     path = Path(cfg.out) / "tokenizer.pt"
     plan, length_scale = stage_plan(cfg)
     end = plan[-1][3]
     if cfg.stage > len(plan):
         raise UserError(f"--stage={cfg.stage}: {cfg.method} has {', '.join(stage.name for stage in stages_of(cfg))}")
     plan = [row for row in plan if cfg.stage in (0, row[0])]
+    start, stop = plan[0][2], plan[-1][3]
+    batch = cfg.batch_size
     data = open_data(cfg, "train", cfg.image_size, cfg.crop, cfg.flip)
     held_out = open_data(cfg, "val", cfg.image_size)
 
-    # the tokenizer, resumed if there is a checkpoint of the same run
     torch.manual_seed(cfg.seed)
     tokenizer, vfm = build_tokenizer(cfg)
     tokenizer = tokenizer.to(world.device, memory_format=world.layout)
-    vfm = vfm.to(world.device) if vfm else None
+    vfm = vfm and vfm.to(world.device)
     entries = load_checkpoint(path, "tokenizer") if cfg.resume and path.exists() else None
     seen = 0
     if entries:
@@ -1361,41 +1341,27 @@ def train(cfg, world):
             raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
         load_state(tokenizer, entries["model"], str(path))
         seen = entries["images"]
-    if seen < plan[0][2]:
-        raise UserError(f"stage {plan[0][0]} starts from image {plan[0][2]}; {path} has seen {seen}, or is not read")
-    if seen >= plan[-1][3]:
+    if seen < start:
+        raise UserError(f"stage {cfg.stage} starts from image {start}; {path} has seen {seen}, or is not read")
+    if seen >= stop:
         if world.rank == 0:
-            print(f"{path} is already trained ({seen} images); --resume=0 starts afresh")
+            print(f"{path} is trained already; --resume=0 starts afresh")
         tokenizer.load_state_dict(entries["ema"], strict=False)
         return tokenizer
-    # before anything is compiled: dynamo skips what a dispatch mode has seen
+    # before compiling: dynamo skips what a dispatch mode has seen
     flops = training_flops(cfg, tokenizer) if world.device.type == "cuda" else {}
     trainer = Trainer(cfg, tokenizer, world, vfm, length_scale)
-    if entries:
-        ema = {name: value.to(world.device) for name, value in entries["ema"].items()}
-    else:
-        ema = {name: p.detach().clone() for name, p in tokenizer.named_parameters()
-               if cfg.method == "aligntok" or not name.startswith("vfm.")}
+    ema = {}
+    for name, p in tokenizer.named_parameters():
+        if cfg.method == "aligntok" or not name.startswith("vfm."):  # VFM-VAE's never trains
+            ema[name] = entries["ema"][name].to(world.device) if entries else p.detach().clone()
     if world.rank == 0:
-        side = cfg.image_size // cfg.downsample
-        counts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
-                  for name, part in tokenizer.named_children()]
-        print(f"{cfg.method} on {len(data)} images of {cfg.data}, {cfg.image_size} px, latents {side} x {side} x "
-              f"{cfg.z_dim}; parameters: {', '.join(counts)}; {world.size} x {world.device.type}; from image {seen}")
-    log = Log(cfg.out, "tokenizer", world, plan[-1][3] // cfg.batch_size, seen // cfg.batch_size)
-    pictures = to_float(torch.stack([held_out[i][0] for i in range(min(16, len(held_out)))])).to(world.device)
-
-    def save(number, images):
-        if world.rank == 0:
-            save_checkpoint(path, kind="tokenizer", config=dataclasses.asdict(cfg), arch=tokenizer.arch, ema=ema,
-                            classes=data.classes, stage=number, images=images, **trainer.state_dict())
-        world.barrier()
-
-    def picture(step):
-        with torch.no_grad(), world.autocast(), use_weights(tokenizer, ema):
-            decoded = tokenizer.decode(tokenizer.encode(pictures)[0]).float()
-        pairs = torch.stack([pictures, decoded], 1).flatten(0, 1)
-        save_grid(pairs, Path(cfg.out) / "grids" / f"tokenizer-{step:07d}.png", 8)
+        millions = sum(p.numel() for p in tokenizer.parameters()) / 1e6
+        print(f"{cfg.method} on {len(data)} images of {cfg.data}, {cfg.image_size} px; {millions:.1f} M parameters; "
+              f"{world.size} x {world.device.type}; from image {seen}")
+    log = Log(cfg.out, "tokenizer", world, stop // batch, seen // batch)
+    pictures = torch.stack([held_out[i][0] for i in range(min(16, len(held_out)))])
+    pictures = to_float(pictures.to(world.device))
 
     for number, stage, first, last in plan:
         if seen >= last:
@@ -1407,9 +1373,9 @@ def train(cfg, world):
             trainer.adopt(ema)
         if entries:
             trainer.load_state_dict(entries, same_stage=entries["stage"] == number)
-            entries = None               # later stages begin as they would have
-        steps = range(seen // cfg.batch_size, last // cfg.batch_size)
-        order = step_batches(len(data), cfg.batch_size, cfg.seed, steps.start, steps.stop, world, cfg.accumulate)
+            entries = None  # later stages begin as they would have
+        steps = range(seen // batch, last // batch)
+        order = step_batches(len(data), batch, cfg.seed, steps.start, steps.stop, world, cfg.accumulate)
         batches = iter(make_loader(data, order, world, cfg.workers))
         if world.rank == 0:
             tqdm.write(f"stage {number}, {stage.name}: images {first} to {last}, trains {stage.trains}")
@@ -1417,8 +1383,8 @@ def train(cfg, world):
             seed_step(cfg.seed, step, world.rank)
             trainer.set_lr(seen / end)
             losses = trainer.step((next(batches) for _ in range(cfg.accumulate)), step, seen)
-            seen += cfg.batch_size
-            average_weights(ema, tokenizer, seen, cfg.batch_size, cfg.ema_kimg)
+            seen += batch
+            average_weights(ema, tokenizer, seen, batch, cfg.ema_kimg)
             log.bar.update()
             saving = (step + 1) % cfg.save_interval == 0 or seen == last
             if (step + 1) % cfg.log_interval == 0 or saving:
@@ -1428,16 +1394,22 @@ def train(cfg, world):
                 lr = trainer.optimizer.param_groups[-1]["lr"]
                 log.write(step + 1, seen, epoch=seen / len(data), stage=number, lr=lr, **losses)
             if world.rank == 0 and ((step + 1) % cfg.grid_interval == 0 or seen == last):
-                picture(step + 1)
+                with torch.no_grad(), world.autocast(), use_weights(tokenizer, ema):
+                    decoded = tokenizer.decode(tokenizer.encode(pictures)[0]).float()
+                pairs = torch.stack([pictures, decoded], 1).flatten(0, 1)
+                save_grid(pairs, Path(cfg.out) / f"grids/tokenizer-{step + 1:07d}.png", 8)
             if saving:
-                save(number, seen)
+                if world.rank == 0:
+                    save_checkpoint(path, kind="tokenizer", config=dataclasses.asdict(cfg), arch=tokenizer.arch,
+                                    ema=ema, classes=data.classes, stage=number, images=seen, **trainer.state_dict())
+                world.barrier()
     log.bar.close()
     tokenizer.load_state_dict(ema, strict=False)
     return tokenizer
 
 
 def bench(cfg, world):
-    """Times `--bench` steps of each stage with random images and weights: nothing is fetched or written."""
+    """Times `--bench` steps of each stage with random images and weights."""
     tokenizer, vfm = build_tokenizer(cfg, pretrained=False)
     tokenizer = tokenizer.to(world.device, memory_format=world.layout)
     flops = training_flops(cfg, tokenizer)
@@ -1455,16 +1427,12 @@ def bench(cfg, world):
 # -----------------------------------------------------------------------------
 # The autoencoder of latent diffusion (arXiv 2112.10752): AlignTok's decoder; both halves in the plain VAE and VA-VAE
 
-def ldm_norm(channels, groups):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
 class ResBlock(nn.Module):
     def __init__(self, d_in, d_out, groups):
         super().__init__()
-        self.norm1 = ldm_norm(d_in, groups)
+        self.norm1 = nn.GroupNorm(groups, d_in, eps=1e-6)
         self.conv1 = nn.Conv2d(d_in, d_out, 3, padding=1)
-        self.norm2 = ldm_norm(d_out, groups)
+        self.norm2 = nn.GroupNorm(groups, d_out, eps=1e-6)
         self.conv2 = nn.Conv2d(d_out, d_out, 3, padding=1)
         self.nin_shortcut = pointwise(d_in, d_out) if d_in != d_out else nn.Identity()
 
@@ -1478,7 +1446,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, dim, groups):
         super().__init__()
-        self.norm = ldm_norm(dim, groups)
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
         self.q = pointwise(dim, dim)
         self.k = pointwise(dim, dim)
         self.v = pointwise(dim, dim)
@@ -1491,59 +1459,50 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(y.unflatten(2, x.shape[2:]))
 
 
-class Resample(nn.Module):
-    """Half the size by a strided 3x3 padded right and below, or twice by nearest neighbour and a 3x3."""
-
-    def __init__(self, dim, up):
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1) if up else nn.Conv2d(dim, dim, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1)))
-
-
 class LDMLevel(nn.Module):
-    """Residual blocks, each followed by self-attention if so; then downsample, upsample or neither."""
+    """Residual blocks, each followed by self-attention if so; then half the size, twice, or neither."""
 
-    def __init__(self, d_in, d_out, blocks, groups, attention, resample):
+    def __init__(self, d_in, d_out, blocks, groups, attention, down=False, up=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(d_in if i == 0 else d_out, d_out, groups) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(d_out, groups) for _ in range(blocks if attention else 0))
-        self.resample = resample
-        if resample:
-            self.add_module(resample, Resample(d_out, resample == "upsample"))
+        self.attn = nn.ModuleList(AttnBlock(d_out, groups) if attention else nn.Identity() for _ in range(blocks))
+        self.downsample = nn.Identity()
+        self.upsample = nn.Identity()
+        if down:
+            conv = nn.Conv2d(d_out, d_out, 3, stride=2)
+            self.downsample = nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
+        if up:
+            conv = nn.Conv2d(d_out, d_out, 3, padding=1)
+            self.upsample = nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0), conv=conv))
 
-    def forward(self, x):
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
-        return getattr(self, self.resample)(x) if self.resample else x
+    def forward(self, x):  # [B, d_in, h, w]
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))  # [B, d_out, h, w]
+        return self.upsample(self.downsample(x))
 
 
 def ldm_middle(dim, groups):
-    return nn.Sequential(OrderedDict(block_1=ResBlock(dim, dim, groups), attn_1=AttnBlock(dim, groups),
-                                     block_2=ResBlock(dim, dim, groups)))
+    blocks = dict(block_1=ResBlock(dim, dim, groups), attn_1=AttnBlock(dim, groups), block_2=ResBlock(dim, dim, groups))
+    return nn.Sequential(OrderedDict(blocks))
 
 
 class LDMEncoder(nn.Module):
     """Images [B, 3, H, W] -> moments [B, 2 C, H/f, W/f], f = 2^(levels - 1)."""
 
-    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None,
-                 groups=32):
+    def __init__(self, z_dim, ch, ch_mult, num_res_blocks, attn_levels=(), z_channels=None, groups=32):
         super().__init__()
         z_channels = z_channels or z_dim
-        widths = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList()
-        for i, width in enumerate(widths):
-            before = widths[i - 1] if i else ch
-            resample = "downsample" if i < len(widths) - 1 else ""
-            self.down.append(LDMLevel(before, width, num_res_blocks, groups, i in attn_levels, resample))
-        self.mid = ldm_middle(widths[-1], groups)
-        self.norm_out = ldm_norm(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
+        before = ch
+        for i, multiple in enumerate(ch_mult):
+            last = i == len(ch_mult) - 1
+            level = LDMLevel(before, ch * multiple, num_res_blocks, groups, i in attn_levels, down=not last)
+            self.down.append(level)
+            before = ch * multiple
+        self.mid = ldm_middle(before, groups)
+        self.norm_out = nn.GroupNorm(groups, before, eps=1e-6)
+        self.conv_out = nn.Conv2d(before, 2 * z_channels, 3, padding=1)
         self.quant_conv = pointwise(2 * z_channels, 2 * z_dim)
 
     def body(self, images):
@@ -1552,8 +1511,8 @@ class LDMEncoder(nn.Module):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # [B, 2 z_channels, h, w]
 
-    def forward(self, images, grid=None):
-        return self.quant_conv(self.body(images))
+    def forward(self, images, grid):
+        return self.quant_conv(self.body(images))  # [B, 2 C, h, w]
 
     def last_weight(self):
         return self.quant_conv.weight
@@ -1563,20 +1522,17 @@ class LDMDecoder(nn.Module):
     """Latents [B, C, h, w] -> images [B, 3, h f, w f] (`scales=True`: as a list of one)."""
     granularity = 1
 
-    def __init__(self, z_dim=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_levels=(4,), z_channels=None,
-                 groups=32):
+    def __init__(self, z_dim, ch, ch_mult, num_res_blocks, attn_levels=(), z_channels=None, groups=32):
         super().__init__()
         z_channels = z_channels or z_dim
-        widths = [ch * m for m in ch_mult]
+        widths = [ch * multiple for multiple in ch_mult]
         self.post_quant_conv = pointwise(z_dim, z_channels)
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = ldm_middle(widths[-1], groups)
-        self.up = nn.ModuleList()
-        for i, width in enumerate(widths):
-            before = widths[min(i + 1, len(widths) - 1)]
-            resample = "upsample" if i else ""
-            self.up.append(LDMLevel(before, width, num_res_blocks + 1, groups, i in attn_levels, resample))
-        self.norm_out = ldm_norm(widths[0], groups)
+        self.up = nn.ModuleList()  # fine to coarse
+        for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
+            self.up.append(LDMLevel(before, width, num_res_blocks + 1, groups, i in attn_levels, up=i > 0))
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def body(self, z):
@@ -1586,7 +1542,7 @@ class LDMDecoder(nn.Module):
         return F.silu(self.norm_out(x))  # [B, ch, H, W]
 
     def forward(self, z, scales=False):
-        x = self.conv_out(self.body(z))
+        x = self.conv_out(self.body(z))  # [B, 3, H, W]
         return [x] if scales else x
 
     def last_weight(self):
@@ -1602,17 +1558,17 @@ def psnr(a, b):
 
 
 def ssim(a, b, data_range=1):
-    """Structural similarity of images in [-1, 1] -> [B] (Wang et al. 2004): Gaussian window 11, sigma 1.5, no padding;
-    on [0, 1] as metrics do, or with data_range=2 on [-1, 1] as VFM-VAE's loss does: means matter."""
+    """Structural similarity of images in [-1, 1] -> [B] (Wang et al. 2004): Gaussian window 11, sigma 1.5; on [0, 1] as
+    metrics do, or with data_range=2 on [-1, 1] as VFM-VAE's loss does: means matter."""
     if data_range == 1:
         a, b = a / 2 + 0.5, b / 2 + 0.5
-    channels = a.shape[1]
+    c = a.shape[1]
     size = min(11, *a.shape[-2:])
     row = torch.exp(-(torch.arange(size, device=a.device) - (size - 1) / 2).square() / (2 * 1.5 ** 2))
-    row = (row / row.sum()).expand(5 * channels, 1, 1, -1)
+    row = (row / row.sum()).expand(5 * c, 1, 1, -1)
     x = torch.cat([a, b, a * a, b * b, a * b], 1).float()  # [B, 5 C, H, W]
-    x = F.conv2d(F.conv2d(x, row, groups=5 * channels), row.transpose(2, 3), groups=5 * channels)
-    mean_a, mean_b, aa, bb, ab = x.split(channels, 1)
+    x = F.conv2d(F.conv2d(x, row, groups=5 * c), row.transpose(2, 3), groups=5 * c)
+    mean_a, mean_b, aa, bb, ab = x.split(c, 1)
     c1 = (0.01 * data_range) ** 2
     c2 = (0.03 * data_range) ** 2
     means = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
@@ -1620,14 +1576,15 @@ def ssim(a, b, data_range=1):
     return (means * structure).flatten(1).mean(1)
 
 
-LPIPS_URLS = ("https://download.pytorch.org/models/vgg16-397923af.pth",
-              "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
+LPIPS_URLS = (
+    "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
 
 
 class LPIPS(nn.Module):
     """lpips(a, b) of images in [-1, 1] -> [B]: LPIPS v0.1 on VGG16 (arXiv 1801.03924). Gradients reach a alone.
-    `weights`: comma-separated files of torchvision's VGG16 (`features.*`) and the published linear layers
-    (`lin0.model.1.weight`, ...); empty: the public ones, fetched once; None: random."""
+    `weights`: comma-separated files of torchvision's VGG16 and the published linear layers; empty: the public ones,
+    fetched once; None: random."""
     TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # the ReLUs that are compared, their widths
 
     def __init__(self, weights=""):
@@ -1661,34 +1618,32 @@ class LPIPS(nn.Module):
 
 
 class FeatureDistance(nn.Module):
-    """LPIPS's formula on a frozen ViT's tokens, averaged over its blocks: the toy's perceptual distance (ours)."""
+    """LPIPS's formula on a frozen ViT's tokens, averaged over its blocks (ours)."""
 
     def __init__(self, vit):
         super().__init__()
         self.vit = vit
-        self.layers = tuple(range(1, vit.depth + 1))
+
+    def maps(self, x):
+        layers = tuple(range(1, self.vit.depth + 1))
+        return [F.normalize(tokens.float(), dim=2) for tokens in self.vit(x, layers)]
 
     def forward(self, a, b):
         with torch.no_grad():
-            target = self.vit(b, self.layers)
-        distance = 0
-        for x, y in zip(self.vit(a, self.layers), target):  # [B, N, D]
-            difference = F.normalize(x.float(), dim=2) - F.normalize(y.float(), dim=2)
-            distance = distance + difference.square().sum(2).mean(1)  # [B]
-        return distance / len(target)
+            targets = self.maps(b)  # each [B, N, D]
+        return sum((x - y).square().sum(2).mean(1) for x, y in zip(self.maps(a), targets)) / len(targets)  # [B]
 
 
 class LocalBatchNorm(nn.Module):
     """BatchNorm over virtual batches of 8 (if they fit) and positions (StyleGAN-T, arXiv 2301.09515)."""
 
-    def __init__(self, channels, virtual=8):
+    def __init__(self, channels):
         super().__init__()
-        self.virtual = virtual
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):  # [B, C, ...]
-        groups = len(x) // self.virtual if len(x) % self.virtual == 0 else 1
+        groups = len(x) // 8 if len(x) % 8 == 0 else 1
         y = x.float().unflatten(0, (groups, -1))  # [G, samples, C, ...]
         var, mean = torch.var_mean(y, [1, *range(3, y.dim())], correction=0, keepdim=True)
         y = ((y - mean) * torch.rsqrt(var + 1e-5)).flatten(0, 1)
@@ -1698,7 +1653,7 @@ class LocalBatchNorm(nn.Module):
 
 def diff_augment(x):
     """DiffAugment (arXiv 2006.10738) of [B, 3, H, W]: colour, translation by 1/8, cutout of 1/5, per image."""
-    b, _, h, w = x.shape
+    b, c, h, w = x.shape
 
     def rand():
         return torch.rand(b, 1, 1, 1, device=x.device)
@@ -1708,46 +1663,46 @@ def diff_augment(x):
     x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, rand() + 0.5)  # contrast
     rows = torch.arange(h, device=x.device).view(1, 1, h, 1)
     columns = torch.arange(w, device=x.device).view(1, 1, 1, w)
-    y_from = (rows + (rand() * (2 * (h // 8) + 1)).floor() - h // 8).long()  # [B, 1, H, 1]
-    x_from = (columns + (rand() * (2 * (w // 8) + 1)).floor() - w // 8).long()  # [B, 1, 1, W]
-    inside = (y_from >= 0) & (y_from < h) & (x_from >= 0) & (x_from < w)
-    source = y_from.clamp(0, h - 1) * w + x_from.clamp(0, w - 1)  # [B, 1, H, W]
-    x = x.flatten(2).gather(2, source.flatten(2).expand(-1, x.shape[1], -1)).view_as(x)
+    y_from = rows + (rand() * (2 * (h // 8) + 1)).floor()  # [B, 1, H, 1], in the padded images
+    x_from = columns + (rand() * (2 * (w // 8) + 1)).floor()  # [B, 1, 1, W]
+    x = F.pad(x, (w // 8, w // 8, h // 8, h // 8))
+    source = (y_from * x.shape[3] + x_from).long().flatten(2)  # [B, 1, H W]
+    x = x.flatten(2).gather(2, source.expand(-1, c, -1)).view(b, c, h, w)
     hole_y = (rows - (rand() * h).floor()).abs() * 2 < h // 5
     hole_x = (columns - (rand() * w).floor()).abs() * 2 < w // 5
-    return x * (inside & ~(hole_y & hole_x))
+    return x * ~(hole_y & hole_x)
+
+
+def projected_head(dim):
+    def conv(d_out, kernel):
+        layer = nn.Conv1d(dim, d_out, kernel, padding=kernel // 2, padding_mode="circular")
+        return nn.utils.parametrizations.spectral_norm(layer)
+
+    def block(kernel):
+        return nn.Sequential(conv(dim, kernel), LocalBatchNorm(dim), nn.LeakyReLU(0.2))
+
+    return nn.ModuleDict(dict(first=block(1), residual=block(9), last=conv(1, 1)))
 
 
 class ProjectedDiscriminator(nn.Module):
-    """Heads on a frozen ViT's tokens (DINO ViT-S/16; StyleGAN-T, section 3.2): logits [B, levels x N]."""
+    """Heads on a frozen ViT's tokens (StyleGAN-T, section 3.2): logits [B, levels x N]."""
 
     def __init__(self, vit):
         super().__init__()
         if vit.cls_token is None:
-            raise UserError("the projected discriminator needs a ViT with a class token: another --disc_vfm")
+            raise UserError("--disc_vfm needs a class token")
         self.vit = vit
         self.layers = tuple(range(0, vit.depth + 1, max(1, vit.depth // 4)))
-        self.heads = nn.ModuleList(self.make_head(vit.embed_dim) for _ in self.layers)
-
-    def make_head(self, dim):
-        def conv(d_out, kernel):
-            mode = "circular" if kernel > 1 else "zeros"
-            layer = nn.Conv1d(dim, d_out, kernel, padding=kernel // 2, padding_mode=mode)
-            return torch.nn.utils.parametrizations.spectral_norm(layer)
-
-        def block(kernel):
-            return nn.Sequential(conv(dim, kernel), LocalBatchNorm(dim), nn.LeakyReLU(0.2))
-
-        return nn.ModuleDict(dict(first=block(1), residual=block(9), last=conv(1, 1)))
+        self.heads = nn.ModuleList(projected_head(vit.embed_dim) for _ in self.layers)
 
     def forward(self, images):  # [B, 3, H, W]
         x = diff_augment(images)
         size = self.vit.image_size
-        if min(x.shape[-2:]) >= size and torch.rand(()) < 0.5:  # a random crop, else the whole; the coin is on the CPU
+        if min(x.shape[-2:]) >= size and torch.rand(()) < 0.5:  # a random crop, else the whole
             top, left = (int(torch.randint(side - size + 1, ())) for side in x.shape[-2:])
             x = x[..., top:top + size, left:left + size].contiguous()
         else:
-            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         logits = []
         for tokens, head in zip(self.vit(x, self.layers, cls=True), self.heads):  # [B, 1 + N, D]
             x = (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2)  # [B, D, N]
@@ -1757,9 +1712,9 @@ class ProjectedDiscriminator(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """pix2pix's discriminator (arXiv 1611.07004): the outputs of all layers, the last one the logits."""
+    """pix2pix's discriminator (arXiv 1611.07004) -> the outputs of all layers, the last one the logits."""
 
-    def __init__(self, norm, ndf=64, layers=3):
+    def __init__(self, norm, ndf, layers):
         super().__init__()
         self.layers = nn.ModuleList([nn.Sequential(nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2))])
         d_in = ndf
@@ -1773,7 +1728,7 @@ class PatchGAN(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.02)
 
-    def forward(self, x):
+    def forward(self, x):  # [B, 3, H, W]
         outputs = []
         for layer in self.layers:
             x = layer(x)
@@ -1782,10 +1737,9 @@ class PatchGAN(nn.Module):
 
 
 class GAN(nn.Module):
-    """The discriminators of a stage's row: `dino` (hinge, VFM-VAE), `patch` (hinge, LDM), `multi` (three scales, least
-    squares, with feature `matching`: VFM-VAE's last stage)."""
+    """A row's discriminators."""
 
-    def __init__(self, stage, vit, ndf=64, image_size=256):
+    def __init__(self, stage, vit, ndf, image_size):
         super().__init__()
         layers = min(3, max(1, int(math.log2(image_size)) - 4))  # fewer where a coarse image would shrink to nothing
         self.dino = ProjectedDiscriminator(vit) if stage.dino else None
@@ -1797,16 +1751,16 @@ class GAN(nn.Module):
         return [(net, F.avg_pool2d(fake, 2 ** k), F.avg_pool2d(real, 2 ** k)) for k, net in enumerate(self.multi)]
 
     def generator_loss(self, fake, real):
-        """-> a dictionary of unweighted losses, each as named in the stage's row."""
+        """-> the unweighted losses, named as in the row."""
         losses = {}
         if self.dino:
             losses["dino"] = -self.dino(fake).mean()
         if self.patch:
             losses["patch"] = -self.patch(fake)[-1].mean()
         for net, x, y in self.pyramid(fake, real):
-            outputs, targets = net(x), net(y)
-            matching = sum(F.l1_loss(a, b) for a, b in zip(outputs[:-1], targets[:-1])) * 4 / (len(outputs) - 1)
-            losses["multi"] = losses.get("multi", 0) + (outputs[-1] - 1).square().mean() / 3
+            *maps, logits = net(x)
+            matching = sum(map(F.l1_loss, maps, net(y))) * 4 / len(maps)
+            losses["multi"] = losses.get("multi", 0) + (logits - 1).square().mean() / 3
             losses["matching"] = losses.get("matching", 0) + matching / 3
         return losses
 
@@ -1824,42 +1778,47 @@ class GAN(nn.Module):
 # -----------------------------------------------------------------------------
 # Official weight files
 
-VIT_KEYS = [  # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DINOv2's own, which are the ViT's
-    (r"^(?:.*\.)?vision_model\.|^(?:module|backbone|vit|dinov2(?:_with_registers)?|model)\.", ""),
-    (r"^embeddings\.patch_embedding(?:s\.projection)?\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings?(?:\.weight)?$", "pos_embed"),
-    (r"^embeddings\.(cls_token|register_tokens|mask_token)$", r"\1"),
-    (r"^reg_token$", "register_tokens"),
-    (r"^encoder\.layers?\.", "blocks."),
-    (r"\.(?:layer_norm|layernorm_)(?:1|before)\.", ".norm1."),
-    (r"\.(?:layer_norm|layernorm_)(?:2|after)\.", ".norm2."),
-    (r"\.(?:self_attn|attention\.attention)\.(q|k|v)(?:_proj|uery|ey|alue)\.", r".attn.\1."),
-    (r"\.(?:self_attn\.out_proj|attention\.output\.dense)\.", ".attn.proj."),
-    (r"\.(?:intermediate\.dense|mlp\.w12|mlp\.weights_in)\.", ".mlp.fc1."),
-    (r"(?<!attention)\.(?:output\.dense|mlp\.w3|mlp\.weights_out)\.", ".mlp.fc2."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"^(?:post_)?layernorm\.", "norm.")]
-VIT_UNUSED = re.compile(r"mask_token|(head|decoder|text_model|attn_pool|fc_norm|pooler|last_layer|classifier)\b|logit_|"
-                        r"embeddings\.position_ids")
+VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DINOv2's own, which are the ViT's
+    r"^(.*\.)?vision_model\.|^(module|backbone|vit|dinov2(_with_registers)?|model)\.": "",
+    r"^embeddings\.patch_embedding(s\.projection)?\.": "patch_embed.proj.",
+    r"^embeddings\.position_embeddings?(\.weight)?$": "pos_embed",
+    r"^embeddings\.(cls_token|register_tokens|mask_token)$": r"\1",
+    r"^reg_token$": "register_tokens",
+    r"^encoder\.layers?\.": "blocks.",
+    r"\.(layer_norm|layernorm_)(1|before)\.": ".norm1.",
+    r"\.(layer_norm|layernorm_)(2|after)\.": ".norm2.",
+    r"\.(self_attn|attention\.attention)\.(q|k|v)(_proj|uery|ey|alue)\.": r".attn.\2.",
+    r"\.(self_attn\.out_proj|attention\.output\.dense)\.": ".attn.proj.",
+    r"\.(intermediate\.dense|mlp\.w12|mlp\.weights_in)\.": ".mlp.fc1.",
+    r"(?<!attention)\.(output\.dense|mlp\.w3|mlp\.weights_out)\.": ".mlp.fc2.",
+    r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
+    r"^(post_)?layernorm\.": "norm."}
+VIT_UNUSED = (r"mask_token|(head|decoder|text_model|attn_pool|fc_norm|pooler|last_layer|classifier)\b|logit_|"
+              r"embeddings\.position_ids")
 
-VFMVAE_KEYS = [  # the released VFM-VAE's names -> ours
-    (r"^ldm_adapter\.patch_quants\.(\d+)\.0\.blocks\.0\.", r"adapter.levels.\1."),
-    (r"^ldm_adapter\.final_quant\.blocks\.0\.", "adapter.fuse."),
-    (r"^ldm_adapter\.post_quant\.blocks\.0\.", "decoder.post_quant."),
-    (r"^ldm_adapter\.linear_proj\.", "vf_proj."),
-    (r"^mapping\.mlp\.fc0\.", "decoder.mapping.0."),
-    (r"^mapping\.mlp\.fc1\.", "decoder.mapping.2."),
-    (r"^synthesis\.blocks\.", "decoder.blocks."),
-    (r"\.seperate_upsample_conv\.", ".upsample."),
-    (r"\.last_upsample_conv\.", ".upsample_sum."),
-    (r"\.conv0\.", ".convs.0."),
-    (r"\.convs1\.(\d+)\.", lambda match: f".convs.{int(match[1]) + 1}."),
-    (r"\.noise_(strength|const)$", r".noise.\1"),
-    (r"\.affine_pw1\.proj\.", ".style.affine."),
-    (r"\.torgb\.affine\.proj\.", ".torgb.style.affine."),
-    (r"\.torgb\.", ".to_rgb."),
-    (r"\.self_attns\.(\d+)\.(?:attn\.)?", r".attns.\1.")]
-VFMVAE_UNUSED = re.compile(r".*\.(zero_k_bias|blur_weight|x_avg)$|vfm_encoder\.")
+VFMVAE_KEYS = {  # the released VFM-VAE's names -> ours
+    r"^ldm_adapter\.patch_quants\.(\d+)\.0\.blocks\.0\.": r"adapter.levels.\1.",
+    r"^ldm_adapter\.final_quant\.blocks\.0\.": "adapter.fuse.",
+    r"^ldm_adapter\.post_quant\.blocks\.0\.": "decoder.post_quant.",
+    r"^ldm_adapter\.linear_proj\.": "vf_proj.",
+    r"^mapping\.mlp\.fc0\.": "decoder.mapping.0.",
+    r"^mapping\.mlp\.fc1\.": "decoder.mapping.2.",
+    r"^synthesis\.blocks\.": "decoder.blocks.",
+    r"\.seperate_upsample_conv\.": ".upsample.",
+    r"\.last_upsample_conv\.": ".upsample_sum.",
+    r"\.conv0\.": ".convs.0.",
+    r"\.convs1\.(\d+)\.": lambda match: f".convs.{int(match[1]) + 1}.",
+    r"\.noise_(strength|const)$": r".noise.\1",
+    r"\.affine(_pw1)?\.proj\.": ".style.affine.",
+    r"\.torgb\.": ".to_rgb.",
+    r"\.self_attns\.(\d+)\.(attn\.)?": r".attns.\1."}
+VFMVAE_UNUSED = r".*\.(zero_k_bias|blur_weight|x_avg)$|vfm_encoder\."
+
+LDM_KEYS = {
+    r"^encoder\.": "adapter.",
+    r"^quant_conv\.": "adapter.quant_conv.",
+    r"^post_quant_conv\.": "decoder.post_quant_conv."}
+LDM_UNUSED = r"(loss|foundation_model|linear_proj|model_ema|logvar)\b"
 
 
 class NoiseMap(nn.Module):
@@ -1871,28 +1830,33 @@ class NoiseMap(nn.Module):
         self.register_buffer("const", torch.randn(size, size))
 
     def forward(self, x):  # [B, C, h, w]
-        noise = self.const[None, None]
-        if noise.shape[-2:] != x.shape[-2:]:
-            noise = F.interpolate(noise, x.shape[-2:], mode="bilinear", align_corners=False)
-        return x + noise * self.strength
+        return x + F.interpolate(self.const[None, None], x.shape[-2:], mode="bilinear") * self.strength
 
 
-def rename(key, table):
-    for pattern, name in table:
-        key = re.sub(pattern, name, key)
-    return key
+def rename(state, table, unused):
+    """A state dict under other names, by a table of regexes, without what then matches `unused`."""
+    renamed = {}
+    for key, value in state.items():
+        for pattern, name in table.items():
+            key = re.sub(pattern, name, key)
+        if not re.match(unused, key):
+            renamed[key] = value
+    return renamed
 
 
 def to_vit_keys(state):
-    """A public ViT's state dict in the names of `ViT`; q, k, v are joined, what it does not need goes."""
-    renamed = {rename(key, VIT_KEYS): value for key, value in state.items()}
-    renamed = {key: value for key, value in renamed.items() if not VIT_UNUSED.match(key)}
+    """A public ViT's state dict in the names of `ViT`, q, k, v joined."""
+    renamed = rename(state, VIT_KEYS, VIT_UNUSED)
     for key in [key for key in renamed if ".attn.q." in key]:
         parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
         renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    if renamed.get("pos_embed", torch.empty(1, 1, 1)).dim() == 2:
-        renamed["pos_embed"] = renamed["pos_embed"][None]
+    renamed["pos_embed"] = renamed["pos_embed"].flatten(0, -2)[None]  # SigLIP's is [N, D]
     return renamed
+
+
+def count_parts(state, prefix):
+    """How many numbered parts stand under a prefix of a state dict's keys."""
+    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def vit_config(state):
@@ -1905,7 +1869,7 @@ def vit_config(state):
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     dinov2 = "blocks.0.ls1.gamma" in state
     activation = "gelu" if cls else "gelu_tanh"
-    if state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden:
+    if len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden:
         activation = "swiglu"
     return dict(
         image_size=math.isqrt(n - class_position) * patch, patch_size=patch, embed_dim=width, mlp_hidden=hidden,
@@ -1915,118 +1879,90 @@ def vit_config(state):
         antialias=registers > 0)
 
 
-def count_parts(state, prefix):
-    """How many numbered parts stand under a prefix of a state dict's keys."""
-    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
-
-
-def from_vfmvae(state, num_heads=None, layers=(0, 12, -1), scale_factor=2.0, resolution=256):
-    """A released VFM-VAE state dict -> (arch, state dict in our names). All widths are read from the shapes."""
+def from_vfmvae(state):
+    """A released VFM-VAE's state dict -> (what its shapes show of `arch`, state dict in our names)."""
     prefix = "vfm_encoder.encoder."
     vit = to_vit_keys({key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)})
     renamed = {f"vfm.{key}": value for key, value in vit.items()}
-    for key, value in state.items():
-        if VFMVAE_UNUSED.match(key):
-            continue
+    for key, value in rename(state, VFMVAE_KEYS, VFMVAE_UNUSED).items():
         fusion = re.match(r"synthesis\.z_convs\.(\d+)\.(\d)\.(\d)\.(\w+)", key)
         if fusion:  # two stages, numbered 0 1, 1 2 or 0 2: depthwise, pointwise, norm; then pointwise, norm
             i, stage, part, kind = fusion.groups()
             first = f"synthesis.z_convs.{i}.{stage}.2.weight" in state
             names = ("depthwise", "pointwise1", "norm1") if first else ("pointwise2", "norm2")
             key = f"decoder.fusions.{i}.{names[int(part)]}.{kind}"
-        key = rename(key, VFMVAE_KEYS)
         if key.endswith(".gamma"):
             value = value.reshape(-1, 1, 1)
         elif key.endswith(("pwconv1.bias", "to_rgb.bias")):
             value = value.flatten()
         renamed[key] = value
 
-    def width(key, dim=0):
-        return renamed[key].shape[dim]
+    def widths(prefix, name):
+        return [len(renamed[f"{prefix}{i}.{name}"]) for i in range(count_parts(renamed, prefix))]
 
-    try:
-        config = vit_config(vit)
-        config["num_heads"] = num_heads or config["num_heads"]
-        blocks = [f"decoder.blocks.{i}" for i in range(count_parts(renamed, "decoder.blocks."))]
-        dim, z_dim = renamed["decoder.post_quant.proj.weight"].shape
-        fold = math.isqrt(width("decoder.fusions.0.depthwise.weight") // dim)
-        fusions = range(count_parts(renamed, "decoder.fusions."))
-        decoder = dict(
-            post_factor=dim // z_dim,
-            widths=[width(f"{block}.convs.0.dwconv.weight") for block in blocks],
-            fuse_dims=[width(f"decoder.fusions.{i}.pointwise2.weight") for i in fusions],
-            attention=[count_parts(renamed, f"{block}.attns.") for block in blocks],
-            num_res_blocks=(count_parts(renamed, "decoder.blocks.0.convs.") - 1) // 3,
-            w_dim=width("decoder.mapping.2.weight"),
-            noise_sizes=[width(key) for key in (f"{block}.convs.0.noise.const" for block in blocks) if key in renamed])
-        levels = range(count_parts(renamed, "adapter.levels."))
-        arch = dict(
-            resolution=resolution, downsample=2 ** len(blocks) // fold, z_dim=z_dim, vfm=config, layers=tuple(layers),
-            scale_factor=scale_factor, level_dims=[width(f"adapter.levels.{i}.proj.weight") for i in levels],
-            decoder=decoder, vf_dim=width("vf_proj.weight") if "vf_proj.weight" in renamed else 0)
-    except KeyError as error:
-        raise UserError(f"this looks like a VFM-VAE, but has no {error}")
+    block_widths = widths("decoder.blocks.", "convs.0.dwconv.weight")
+    dim, z_dim = renamed["decoder.post_quant.proj.weight"].shape
+    fold = math.isqrt(len(renamed["decoder.fusions.0.depthwise.weight"]) // dim)
+    noisy = "decoder.blocks.0.convs.0.noise.const" in renamed
+    decoder = dict(
+        post_factor=dim // z_dim, widths=block_widths, fuse_dims=widths("decoder.fusions.", "pointwise2.weight"),
+        attention=[count_parts(renamed, f"decoder.blocks.{i}.attns.") for i in range(len(block_widths))],
+        num_res_blocks=(count_parts(renamed, "decoder.blocks.0.convs.") - 1) // 3,
+        w_dim=len(renamed["decoder.mapping.2.weight"]),
+        noise_sizes=widths("decoder.blocks.", "convs.0.noise.const") if noisy else ())
+    arch = dict(
+        downsample=2 ** len(block_widths) // fold, z_dim=z_dim, vfm=vit_config(vit), decoder=decoder,
+        level_dims=widths("adapter.levels.", "proj.weight"), vf_dim=len(renamed.get("vf_proj.weight", ())))
     return arch, renamed
 
 
-def from_ldm(state, resolution=256):
-    """An autoencoder in LDM's format (LDM, the original SD-VAE, VA-VAE) -> (arch, state dict in our names)."""
-    renamed = {}
-    for key, value in state.items():
-        if re.match(r"(encoder|quant_conv)\.", key):
-            renamed["adapter." + key.removeprefix("encoder.")] = value
-        elif re.match(r"(decoder|post_quant_conv)\.", key):
-            renamed["decoder." + key.removeprefix("decoder.")] = value
-        elif not re.match(r"(loss|foundation_model|linear_proj|model_ema|logvar)\b", key):
-            renamed[key] = value  # left over: load_state says so
-    try:
-        ch = renamed["adapter.conv_in.weight"].shape[0]
-        z_channels, z_dim = renamed["decoder.post_quant_conv.weight"].shape[:2]
-        levels = range(count_parts(renamed, "adapter.down."))
-        half = dict(ch=ch, ch_mult=[renamed[f"adapter.down.{i}.block.0.conv2.weight"].shape[0] // ch for i in levels],
-                    num_res_blocks=count_parts(renamed, "adapter.down.0.block."), z_channels=z_channels,
-                    attn_levels=[i for i in levels if f"adapter.down.{i}.attn.0.norm.weight" in renamed])
-    except KeyError as error:
-        raise UserError(f"this looks like an LDM autoencoder, but has no {error}")
-    return dict(resolution=resolution, downsample=2 ** (len(levels) - 1), z_dim=z_dim, scale_factor=1.0, encoder=half,
-                decoder=half, decoder_kind="ldm"), renamed
+def from_ldm(state):
+    """The state dict of LDM's autoencoder (LDM, the original SD-VAE, VA-VAE) -> (arch, state dict in our names)."""
+    renamed = rename(state, LDM_KEYS, LDM_UNUSED)
+    ch = len(renamed["adapter.conv_in.weight"])
+    z_channels, z_dim = renamed["decoder.post_quant_conv.weight"].shape[:2]
+    levels = range(count_parts(renamed, "adapter.down."))
+    half = dict(
+        ch=ch, ch_mult=[len(renamed[f"adapter.down.{i}.block.0.conv2.weight"]) // ch for i in levels],
+        num_res_blocks=count_parts(renamed, "adapter.down.0.block."), z_channels=z_channels,
+        attn_levels=[i for i in levels if f"adapter.down.{i}.attn.0.norm.weight" in renamed])
+    arch = dict(downsample=2 ** (len(levels) - 1), z_dim=z_dim, scale_factor=1.0, encoder=half, decoder=half,
+                decoder_kind="ldm")
+    return arch, renamed
 
 
 def load_tokenizer(path, **overrides):
-    """A frozen Tokenizer in eval mode, EMA weights where there are any, from a checkpoint of ours, an official VFM-VAE
-    ({"G_ema": ...} or a bare state dict) or a file in LDM's format (VA-VAE, SD-VAE): told apart by their keys. What
-    shapes do not show has the published value and can be overridden: num_heads (the VFM's), layers, scale_factor,
-    resolution. `tokenizer.about`: what else a checkpoint of ours says (config, classes, images, stage). UserError for
-    other files."""
+    """A frozen Tokenizer with averaged weights, of a checkpoint of ours, an official VFM-VAE or a file in LDM's format
+    (VA-VAE, SD-VAE). What shapes do not show has the published value unless overridden: num_heads (the VFM's), layers,
+    scale_factor, resolution. `tokenizer.about`: what else a checkpoint of ours says. UserError for other files."""
     entries = load_weights(path)
-    about = {}
-    if "kind" in entries:
-        if entries["kind"] != "tokenizer":
-            raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
-        arch = entries["arch"]
-        if "num_heads" in overrides:
-            arch["vfm"]["num_heads"] = overrides.pop("num_heads")
-        arch.update(overrides)
-        state = {**entries["model"], **entries["ema"]}
-        about = {key: entries[key] for key in ("config", "classes", "images", "stage", "pair") if key in entries}
-    else:
-        state = entries.get("G_ema", entries.get("state_dict", entries))
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        if any(key.startswith("ldm_adapter.") for key in state):
-            arch, state = from_vfmvae(state, **overrides)
+    if entries.get("kind", "tokenizer") != "tokenizer":
+        raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
+    state = entries.get("G_ema", entries.get("state_dict", entries))
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    try:
+        if "kind" in entries:
+            arch = entries["arch"]
+            state = {**entries["model"], **entries["ema"]}
+        elif any(key.startswith("ldm_adapter.") for key in state):
+            arch, state = from_vfmvae(state)
         elif "post_quant_conv.weight" in state:
-            arch, state = from_ldm(state, **overrides)
+            arch, state = from_ldm(state)
         else:
             raise UserError(f"{path} is no tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's")
+        if "num_heads" in overrides:
+            arch["vfm"]["num_heads"] = overrides.pop("num_heads")
+    except KeyError as error:
+        raise UserError(f"{path} is no whole tokenizer: it lacks {error}")
+    arch.update(overrides)
     tokenizer = load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
-    tokenizer.about = about
+    tokenizer.about = {key: entries[key] for key in ("config", "classes", "images", "stage", "pair") if key in entries}
     return tokenizer
 
 
 SAFETENSORS_TYPES = dict(
-    F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, F8_E4M3=torch.float8_e4m3fn,
-    F8_E5M2=torch.float8_e5m2, I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8,
-    BOOL=torch.bool)
+    F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, I32=torch.int32,
+    I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 
 
 def read_safetensors(path):
@@ -2048,52 +1984,44 @@ def read_safetensors(path):
 @contextlib.contextmanager
 def alone(path):
     """One process of this machine at a time: eight ranks fetch a file once."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(ImportError):  # Windows has none
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def fetch(url):
     """The path of a URL's file in torch.hub's cache, fetched once."""
-    place, name = url.split("//")[1].rsplit("/", 1)
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", re.sub(r"\W+", "-", place) + "-" + name)
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", re.sub(r"[^\w.]+", "-", url.split("//")[1]))
     with alone(path):
         try:
             if not os.path.exists(path):
                 torch.hub.download_url_to_file(url, path)
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"cannot fetch {url} ({error}); get it elsewhere and give its path "
-                            "(--vfm, --disc_vfm, --lpips_weights, --inception)")
+        except Exception as error:
+            raise UserError(f"cannot fetch {url} ({error}); --vfm, --disc_vfm, --lpips_weights, --inception take files")
     return path
 
 
 def load_weights(path_or_url):
-    """The dictionary in a .pt, .pth, .ckpt, .bin or .safetensors file or at a URL (fetched once), tensors on the CPU;
-    never unpickles code (`weights_only`). UserError when it is missing, damaged, or cannot be fetched."""
+    """The dictionary in a file (PyTorch's or .safetensors) or at a URL, tensors on the CPU; never unpickles code.
+    UserError when it is missing, damaged, or cannot be fetched."""
     path = str(path_or_url)
-    if path.startswith(("https://", "http://")):
+    if "://" in path:
         path = fetch(path)
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
     try:
         if path.endswith(".safetensors"):
             return read_safetensors(path)
-        # mapped, where format and system allow: eight processes do not hold eight copies of what they will not use
-        mapped = os.name == "posix" and zipfile.is_zipfile(path)
+        mapped = os.name == "posix" and zipfile.is_zipfile(path)  # eight processes do not hold eight copies
         entries = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(entries, dict):
             raise ValueError("it holds no state dict")
         return entries
     except Exception as error:  # whatever a damaged or hostile file provokes
-        reason = (str(error).splitlines() or [""])[0]
-        reason = f"{type(error).__name__}: {reason}"
-        raise UserError(f"cannot read weights from {path}: damaged, or of another format ({reason})")
+        raise UserError(f"cannot read weights from {path}: {type(error).__name__}: {error}".splitlines()[0])
 
 
 def load_state(module, state, name, ignore=(), **keywords):
@@ -2109,22 +2037,19 @@ def load_state(module, state, name, ignore=(), **keywords):
 # -----------------------------------------------------------------------------
 # Data: folders, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
-
-
 def load_rgb(path):
     """Any file that Pillow opens in RGB: transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        if image.mode[0] in "IF":
             values = np.asarray(image).astype(np.float64)
             values = values / (257 if values.max() > 255 else 1)
             image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a damaged file provokes
         raise UserError(f"cannot read image {path}: {type(error).__name__}: {error}".replace("\n", " "))
 
 
@@ -2140,12 +2065,11 @@ def center_crop(image, size):
 
 
 def list_images(folder):
-    """The image files under a folder, sorted. UserError if it is missing or has none."""
-    if not Path(folder).is_dir():
-        raise UserError(f"no folder {folder}")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    """The image files under a folder, sorted. UserError if there are none."""
+    suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
     if not paths:
-        raise UserError(f"no images in {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"no images in {folder}, or no such folder")
     return paths
 
 
@@ -2163,46 +2087,38 @@ class Images(Dataset):
             self.source = Shapes(split, size, cache=cache)
             self.labels = self.source.labels
             self.classes = Shapes.classes
-        elif inspect.isclass(getattr(torchvision.datasets, data, None)):
+        elif data in torchvision.datasets.__all__:
             self.open_torchvision(data, split, data_dir, download)
         else:
             self.open_folder(Path(data), split)
 
     def open_folder(self, root, split):
+        if split == "val" and not (root / "val").is_dir():
+            self.note = f"{root} has no folder val: these are the training images"
+            split = "train"
         if (root / split).is_dir():
             root = root / split
-        elif split == "val":
-            self.note = f"{root} has no folder val: these are the training images"
-            root = root / "train" if (root / "train").is_dir() else root
-        if not root.is_dir():
-            raise UserError(f"--data={root}: no such folder, and not the name of a torchvision data set")
         paths = list_images(root)
-        flat = {path.parent == root for path in paths}
-        if len(flat) == 2:
-            raise UserError(f"{root} has images both in class folders and beside them")
-        folders = ["image" if True in flat else path.relative_to(root).parts[0] for path in paths]
-        self.classes = sorted(set(folders))
-        index = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([index[folder] for folder in folders])
+        folders = ["image" if path.parent == root else path.relative_to(root).parts[0] for path in paths]
+        classes, self.labels = np.unique(folders, return_inverse=True)
+        self.classes = classes.tolist()
         self.source = np.array([os.fsencode(path) for path in paths])  # one buffer: workers would come to copy a list
 
     def open_torchvision(self, data, split, folder, download):
         Source = getattr(torchvision.datasets, data)
         known = inspect.signature(Source).parameters
-        keywords = dict(train=split == "train", split="test" if split == "val" and data != "ImageNet" else split)
-        if "train" in known:
-            del keywords["split"]
+        keywords = dict(train=split == "train", split=split, download=download)
+        if split == "val" and data != "ImageNet":
+            keywords["split"] = "test"
         try:
             with alone(os.path.join(folder, data)) if download else contextlib.nullcontext():
-                keywords = {key: value for key, value in dict(keywords, download=download).items() if key in known}
-                self.source = Source(folder, **keywords)
-            labels = next(value for key, value in vars(self.source).items() if key in ("targets", "labels", "_labels"))
-        except StopIteration:
-            raise UserError(f"torchvision's {data} has no class labels; unpack it into a folder and give --data=FOLDER")
+                self.source = Source(folder, **{key: value for key, value in keywords.items() if key in known})
         except Exception as error:
-            hint = "" if download else " (--download=1 fetches it)"
-            raise UserError(f"torchvision's {data} under {folder}: {error}{hint}".replace("\n", " "))
-        self.labels = np.asarray(labels)
+            raise UserError(f"{data} under {folder}: {error} (--download=1 fetches it)".replace("\n", " "))
+        labels = [value for key, value in vars(self.source).items() if key in ("targets", "labels", "_labels")]
+        if not labels:
+            raise UserError(f"torchvision's {data} has no class labels")
+        self.labels = np.asarray(labels[0])
         self.classes = [str(name) for name in getattr(self.source, "classes", range(int(self.labels.max()) + 1))]
 
     def __len__(self):
@@ -2210,25 +2126,21 @@ class Images(Dataset):
 
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
-        draw = np.random.default_rng(key) if key is not None else None
+        rng = None if key is None else np.random.default_rng(key)
         image = self.source[index]
-        if isinstance(image, bytes):
-            image = load_rgb(os.fsdecode(image))
-        elif isinstance(image, tuple):
-            image = image[0]
-        if self.crop and draw is not None:
-            if torch.is_tensor(image):
-                image = Image.fromarray(image.permute(1, 2, 0).numpy())
-            side = max(1, round(min(image.size) * draw.uniform(0.5, 1)))
-            left, top = (int(draw.integers(0, extent - side + 1)) for extent in image.size)
+        image = load_rgb(os.fsdecode(image)) if isinstance(image, bytes) else image[0]
+        if torch.is_tensor(image):
+            image = Image.fromarray(image.permute(1, 2, 0).numpy())
+        image = image.convert("RGB")
+        if self.crop and rng:
+            side = max(1, round(min(image.size) * rng.uniform(0.5, 1)))
+            left, top = (int(rng.integers(0, extent - side + 1)) for extent in image.size)
             box = (left, top, left + side, top + side)
-            image = image.convert("RGB").resize((self.size, self.size), Image.BICUBIC, box, reducing_gap=3)
-        if not torch.is_tensor(image):
-            image = image.convert("RGB")
-            if image.size != (self.size, self.size):
-                image = center_crop(image, self.size)
-            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        if self.flip and draw is not None and draw.uniform() < 0.5:
+            image = image.resize((self.size, self.size), Image.BICUBIC, box, reducing_gap=3)
+        else:
+            image = center_crop(image, self.size)
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if self.flip and rng and rng.uniform() < 0.5:
             image = image.flip(-1)
         return image, int(self.labels[index])
 
@@ -2246,13 +2158,12 @@ def permutation(n, seed, epoch):
 def batch_indices(n, batch, seed, step):
     """A step's items in an endless sequence of seeded permutations of n items, and their running numbers."""
     numbers = np.arange(step * batch, (step + 1) * batch)
-    parts = [permutation(n, seed, epoch)[numbers[numbers // n == epoch] % n] for epoch in np.unique(numbers // n)]
-    return np.concatenate(parts), numbers
+    return np.array([permutation(n, seed, k // n)[k % n] for k in numbers.tolist()]), numbers
 
 
 def step_batches(n, batch, seed, start, stop, world, accumulate=1):
-    """One list of (index, key) per micro-batch of the steps from `start` to `stop`: rank r of `size` takes every
-    size-th image of the batch, so the images seen depend neither on the number of processes nor on accumulation."""
+    """A list of (index, key) for each micro-batch of the steps from `start` to `stop`. A step's images depend neither
+    on the number of processes nor on accumulation."""
     if batch % (world.size * accumulate):
         raise UserError(f"--batch_size={batch}: no multiple of {world.size} processes x --accumulate={accumulate}")
     size = batch // world.size // accumulate
@@ -2265,17 +2176,15 @@ def step_batches(n, batch, seed, start, stop, world, accumulate=1):
 
 def make_loader(dataset, sampler, world, workers):
     """Batches of (uint8 [b, 3, S, S], labels [b]) from `step_batches` or any batch sampler."""
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
-                      prefetch_factor=4 if workers else None)
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda")
 
 
 # -----------------------------------------------------------------------------
 # The toy: drawn shapes in place of ImageNet, a small ViT that knows them in place of the VFM
 
 class Shapes(Dataset):
-    """Drawn, labelled, captioned images: shapes on textured backgrounds, both in eight hues; size, position, rotation
-    and mirroring vary independently. An image is a function of (split, index): its attributes come from a counter-based
-    hash, its edges from signed distances (antialiased at any size)."""
+    """Drawn, labelled, captioned shapes on textured backgrounds, whose attributes vary independently. An image is a
+    function of (split, index): its attributes come from a hash, its edges from signed distances, so at any size."""
     classes = ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "T", "L"]
     hues = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
     textures = ["plain", "gradient", "stripes", "checks", "clouds"]
@@ -2284,35 +2193,33 @@ class Shapes(Dataset):
     def __init__(self, split, size=32, length=None, cache=None):
         self.split = split
         self.size = size
-        self.n = length or self.lengths[split]
         self.images = None
-        self.labels = self.attributes(np.arange(self.n))["shape"]
-        if cache and self.n * 3 * size * size < 1 << 29:  # drawn once and memory-mapped by every later process
-            version = fingerprint(torch.from_numpy(self.draw(np.arange(16))))[:6]  # another drawing, another file
-            path = Path(cache) / f"shapes-{split}-{size}-{self.n}-{version}.npy"
+        n = length or self.lengths[split]
+        self.labels = self.attributes(np.arange(n))["shape"]
+        if cache and n * 3 * size * size < 1 << 29:  # drawn once and memory-mapped by every later process
+            version = fingerprint(torch.from_numpy(self.draw(np.arange(16))))[:6]
+            path = Path(cache) / f"shapes-{split}-{size}-{n}-{version}.npy"
             if not path.exists():
                 with replacing(path) as temporary:
-                    array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (self.n, 3, size, size))
-                    for start in tqdm(range(0, self.n, 500), desc=f"drawing {self.n} shapes", leave=False):
-                        array[start:start + 500] = self.draw(np.arange(start, min(start + 500, self.n)))
-                    array.flush()
+                    array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (n, 3, size, size))
+                    for part in tqdm(np.array_split(np.arange(n), n // 500 + 1), f"drawing {n} shapes", leave=False):
+                        array[part] = self.draw(part)
             self.images = np.load(path, mmap_mode="r")
 
     def __len__(self):
-        return self.n
+        return len(self.labels)
 
     def __getitem__(self, index):
-        image = self.images[index] if self.images is not None else self.draw(np.array([index]))[0]
+        image = self.draw(np.array([index]))[0] if self.images is None else self.images[index]
         return torch.from_numpy(np.array(image)), int(self.labels[index])
 
     def random(self, indices, k):
         """k uniform numbers in [0, 1) for each index: SplitMix64 (Steele et al. 2014) of a counter."""
-        with np.errstate(over="ignore"):
-            counter = np.asarray(indices, np.uint64)[:, None] * np.uint64(64) + np.arange(k, dtype=np.uint64)
-            z = (counter + np.uint64(["train", "val"].index(self.split) << 40)) * np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / (1 << 53)
+        counter = np.asarray(indices, np.uint64)[:, None] * 64 + np.arange(k, dtype=np.uint64)
+        z = (counter + ((self.split == "val") << 40)) * 0x9E3779B97F4A7C15
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+        return ((z ^ (z >> 31)) >> 11).astype(np.float64) / (1 << 53)
 
     def attributes(self, indices):
         """Arrays: shape, hue, texture, ground; x, y, scale, angle, mirror, and coarsely place, size, turn; `free`."""
@@ -2321,60 +2228,61 @@ class Shapes(Dataset):
         def choose(k, choices):
             return (u[:, k] * len(choices)).astype(int)
 
-        def quantise(values, low, high):
+        def quarter(values, low, high):
             return ((values - low) / (high - low) * 4).clip(0, 3).astype(int)
 
         scale = 0.55 + 0.25 * u[:, 4]
         x = (2 * u[:, 5] - 1) * (1 - scale)
         y = (2 * u[:, 6] - 1) * (1 - scale)
         angle = (2 * u[:, 7] - 1) * 0.4
+        place = quarter(x, -0.45, 0.45) * 4 + quarter(y, -0.45, 0.45)
         return dict(
             shape=choose(0, self.classes), hue=choose(1, self.hues), texture=choose(2, self.textures),
             ground=choose(3, self.hues), x=x, y=y, scale=scale, angle=angle, mirror=np.where(u[:, 8] < 0.5, -1.0, 1.0),
-            place=quantise(x, -0.45, 0.45) * 4 + quantise(y, -0.45, 0.45), size=quantise(scale, 0.55, 0.8),
-            turn=quantise(angle, -0.4, 0.4), free=u[:, 9:])
+            place=place, size=quarter(scale, 0.55, 0.8), turn=quarter(angle, -0.4, 0.4), free=u[:, 9:])
 
     def caption(self, index):
         a = {key: value[0] for key, value in self.attributes([index]).items()}
-        size = "large" if a["scale"] > 0.675 else "small"
-        place = ("upper" if a["y"] < 0 else "lower") + (" left" if a["x"] < 0 else " right")
-        return (f"a {size} {self.hues[a['hue']]} {self.classes[a['shape']]} at the {place} "
-                f"on a {self.hues[a['ground']]} background, {self.textures[a['texture']]}")
+        return (f"a {self.hues[a['hue']]} {self.classes[a['shape']]} on a {self.hues[a['ground']]} background, "
+                f"{self.textures[a['texture']]}")
 
     def draw(self, indices):
         """uint8 [n, 3, size, size]."""
         a = self.attributes(indices)
-        axis = (np.arange(self.size, dtype=np.float32) + 0.5) * (2 / self.size) - 1
-        px, py = axis[None, None, :], axis[None, :, None]
+        free = a["free"]
+        px = (np.arange(self.size, dtype=np.float32) + 0.5) * (2 / self.size) - 1
+        py = px[:, None]
 
         def column(values):  # [n] -> [n, 1, 1]
             return values[:, None, None].astype(np.float32)
 
         # background: a mixture of two tones of one hue, by texture
-        value = 0.3 + 0.3 * a["free"][:, 12]
-        dark = self.colour(a["ground"], 0.6 + 0 * value, value)
-        light = self.colour(a["ground"], 0.5 + 0 * value, value + 0.18)
-        mixture = self.mixture(a["texture"], a["free"].astype(np.float32), px, py)
+        value = 0.3 + 0.3 * free[:, 12:13]
+        dark = self.colour(a["ground"], 0.6, value)
+        light = self.colour(a["ground"], 0.5, value + 0.18)
+        mixture = self.mixture(a["texture"], free.astype(np.float32), px, py)
         ground = dark + (light - dark) * np.clip(mixture, 0, 1)[:, None]
 
         # foreground: signed distance in the object's frame
-        cos, sin, scale = column(np.cos(a["angle"])), column(np.sin(a["angle"])), column(a["scale"])
+        cos = column(np.cos(a["angle"]))
+        sin = column(np.sin(a["angle"]))
+        scale = column(a["scale"])
         dx = (px - column(a["x"])) / scale
         dy = (py - column(a["y"])) / scale
         u = (dx * cos + dy * sin) * column(a["mirror"])
         v = dy * cos - dx * sin
         distance = np.empty_like(u)
         for k, name in enumerate(self.classes):
-            i = np.flatnonzero(a["shape"] == k)
+            i = a["shape"] == k
             distance[i] = self.distance(name, u[i], v[i])
         coverage = np.clip(0.5 - distance * scale * (self.size / 2), 0, 1)[:, None]
-        front = self.colour(a["hue"], 0.7 + 0.3 * a["free"][:, 13], 0.85 + 0.15 * a["free"][:, 14])
+        front = self.colour(a["hue"], 0.7 + 0.3 * free[:, 13:14], 0.85 + 0.15 * free[:, 14:15])
         return ((ground + (front - ground) * coverage) * 255 + 0.5).astype(np.uint8)
 
     def colour(self, hue, saturation, value):
-        """HSV to RGB, [n, 3, 1, 1]."""
+        """HSV (hue [n], the others [n, 1] or one number) to RGB, [n, 3, 1, 1]."""
         k = (np.array([5, 3, 1]) + hue[:, None] / len(self.hues) * 6 + 0.3) % 6
-        rgb = value[:, None] * (1 - saturation[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))
+        rgb = value * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
         return rgb.astype(np.float32)[:, :, None, None]
 
     def mixture(self, texture, free, px, py):
@@ -2389,12 +2297,11 @@ class Shapes(Dataset):
         for k in (3, 6, 9):
             phase = px * (4 * free[:, k] - 2) + py * (4 * free[:, k + 1] - 2) + 2 * free[:, k + 2]
             clouds = clouds + 0.25 * np.sin(np.pi * phase)
-        kinds = dict(plain=0 * along, gradient=(along + 1.4) / 2.8, stripes=np.clip(0.5 + 4 * wave, 0, 1),
-                     checks=np.clip(0.5 + 4 * wave * np.sin(across * frequency), 0, 1), clouds=clouds)
-        return np.choose(texture[:, None, None], [kinds[name] for name in self.textures])
+        stripes = np.clip(0.5 + 4 * wave, 0, 1)
+        checks = np.clip(0.5 + 4 * wave * np.sin(across * frequency), 0, 1)
+        return np.choose(texture[:, None, None], [0 * along, (along + 1.4) / 2.8, stripes, checks, clouds])
 
-    @staticmethod
-    def distance(name, x, y):
+    def distance(self, name, x, y):
         """Signed distance (negative inside) of points in a frame where the shape fills the unit disc, y down."""
         r = np.hypot(x, y)
 
@@ -2411,7 +2318,7 @@ class Shapes(Dataset):
             sector = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
             edge = 0.4 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)]) - [0.95, 0]
             normal = np.array([edge[1], -edge[0]], np.float32) / np.hypot(*edge)
-            return normal[0] * (r * np.cos(sector) - np.float32(0.95)) + normal[1] * r * np.sin(sector)
+            return normal[0] * (r * np.cos(sector) - 0.95) + normal[1] * r * np.sin(sector)
         if name == "cross":
             return np.minimum(box(-0.26, 0.26, -0.85, 0.85), box(-0.85, 0.85, -0.26, 0.26))
         if name == "ring":
@@ -2424,22 +2331,23 @@ class Shapes(Dataset):
             return np.minimum(lobe, np.maximum(np.abs(x + y), np.abs(x - y)) * 0.7071068 - 0.51)
         if name == "T":
             return np.minimum(box(-0.8, 0.8, -0.85, -0.4), box(-0.23, 0.23, -0.85, 0.85))
-        if name == "L":
-            return np.minimum(box(-0.62, -0.16, -0.85, 0.85), box(-0.62, 0.62, 0.4, 0.85))
-        raise KeyError(name)
+        return np.minimum(box(-0.62, -0.16, -0.85, 0.85), box(-0.62, 0.62, 0.4, 0.85))  # L
 
 
-# The toy's VFM learns to name attributes of the shapes: "toy" all of them, as SigLIP's captions do; "toy-blind" all but
-# the shape, so that it has never been told the class on which the diffusion model is conditioned (the control for that
-# advantage).
+# What networks learn to name of the shapes, and how many values it has. The VFM "toy-blind" is the control: it was
+# never told the class on which the diffusion model is conditioned.
+ATTRIBUTES = dict(shape=10, hue=8, texture=5, ground=8, place=16, size=4, turn=4)
+TOY_VFMS = {"toy": list(ATTRIBUTES), "toy-blind": list(ATTRIBUTES)[1:]}
 TOY_VIT = dict(image_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, mlp_hidden=512, stem=32)
-TOY_VFMS = {"toy": ("shape", "hue", "texture", "ground", "place", "size", "turn"),
-            "toy-blind": ("hue", "texture", "ground", "place", "size", "turn")}
+
+
+def attribute_counts(attributes):
+    return [ATTRIBUTES[name] for name in attributes]
 
 
 class ToyViT(ViT):
-    """A ViT whose 8 px patches are embedded by three strided convolutions (arXiv 2106.14881); level 0 is the first
-    one's output, space to depth: it still holds the pixels."""
+    """A ViT that embeds 8 px patches by three strided convolutions (arXiv 2106.14881); level 0 is the first one's
+    output, space to depth: it still holds the pixels."""
 
     def __init__(self, stem, **config):
         super().__init__(**config)
@@ -2452,12 +2360,11 @@ class ToyViT(ViT):
             proj=pointwise(width[-1], self.embed_dim)))
 
     def embed(self, x):
-        raw = None
+        levels = []
         for conv, norm in zip(self.patch_embed["convs"], self.patch_embed["norms"]):
-            x = conv(x)
-            raw = x if raw is None else raw  # [B, stem, H / 2, W / 2]
-            x = F.gelu(norm(x))
-        level0 = F.pixel_unshuffle(raw, self.patch_size // 2).flatten(2).transpose(1, 2)  # [B, N, level0_dim]
+            levels.append(conv(x))  # [B, stem, H / 2, W / 2], ...
+            x = F.gelu(norm(levels[-1]))
+        level0 = F.pixel_unshuffle(levels[0], self.patch_size // 2).flatten(2).transpose(1, 2)  # [B, N, level0_dim]
         return self.patch_embed["proj"](x).flatten(2).transpose(1, 2), level0
 
 
@@ -2467,31 +2374,24 @@ def train_on_shapes(title, net, logits, attributes, cache, device, images, batch
     data = Shapes("train", 32, cache=cache)
     values = data.attributes(np.arange(len(data)))
     targets = torch.from_numpy(np.stack([values[name] for name in attributes], 1))
-    counts = attribute_counts(attributes)
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-    steps = images // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    bar = tqdm(range(steps), desc=title, mininterval=0.5)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, images // batch, pct_start=0.1)
+    bar = tqdm(range(images // batch), title, mininterval=0.5)
     for step in bar:
         indices = np.sort(batch_indices(len(data), batch, 0, step)[0])
         x = to_float(torch.from_numpy(data.images[indices]).to(device))
         y = targets[indices].to(device)
-        parts = [each.split(counts, 1) for each in logits(x)]
-        loss = sum(F.cross_entropy(part, y[:, i]) for each in parts for i, part in enumerate(each))
+        loss = 0
+        for named in logits(x):
+            for i, part in enumerate(named.split(attribute_counts(attributes), 1)):
+                loss = loss + F.cross_entropy(part, y[:, i])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 20 == 0:
-            right = (parts[-1][0].argmax(1) == y[:, 0]).float().mean()
-            bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{right.item():.2f}")
-
-
-def attribute_counts(attributes):
-    counts = dict(shape=len(Shapes.classes), hue=len(Shapes.hues), texture=len(Shapes.textures),
-                  ground=len(Shapes.hues), place=16, size=4, turn=4)
-    return [counts[name] for name in attributes]
+            bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
 def toy_vfm_weights(name, cache):
@@ -2499,20 +2399,19 @@ def toy_vfm_weights(name, cache):
     path = Path(cache) / f"vfm-{name}.pt"
     world = init_world()
     if world.rank == 0 and not path.exists():
-        device = world.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []), torch.enable_grad():
             torch.manual_seed(0)
             vit = vit_from(TOY_VIT)
             count = sum(attribute_counts(TOY_VFMS[name]))
-            heads = nn.ModuleList(nn.Linear(TOY_VIT["embed_dim"], count) for _ in range(2))
-            net = nn.ModuleList([vit, heads]).to(device)
+            heads = nn.ModuleList(nn.Linear(vit.embed_dim, count) for _ in range(2))
 
             def logits(x):  # on the class token, on the mean patch
                 tokens, = vit(x, cls=True)  # [B, 1 + N, D]
                 return [heads[0](tokens[:, 0]), heads[1](tokens[:, 1:].mean(1))]
 
+            net = nn.ModuleList([vit, heads]).to(world.device)
             title = f"training the VFM '{name}' (once)"
-            train_on_shapes(title, net, logits, TOY_VFMS[name], cache, device, 96_000, 64, 1e-3)
+            train_on_shapes(title, net, logits, TOY_VFMS[name], cache, world.device, 96_000, 64, 1e-3)
         save_checkpoint(path, kind="vfm", name=name, model=vit.cpu().state_dict())
     world.barrier()
     return load_checkpoint(path, "vfm")["model"]
@@ -2530,65 +2429,56 @@ Positive = typing.NewType("Positive", int)
 
 def parse_config(Config, presets, argv=None, positional=()):
     """A Config from the command line: its defaults, then the preset's, then the flags. Fields may be int (0 or more),
-    Positive, float (finite), bool (0/1), str, Literal[...] or tuple[int or float, ...] (comma-separated); those in
-    `positional` need no flag. Exits with status 2 and one line for an unknown flag or a bad value."""
-    def boolean(text):
-        return ("0", "false", "1", "true").index(text.lower()) > 1  # ValueError: argparse's complaint
-
-    def at_least(least):
-        def integer(text):
-            if int(text) < least:
-                raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
-            return int(text)
-        return integer
-
-    def finite(text):
-        if not math.isfinite(float(text)):
-            raise argparse.ArgumentTypeError(f"{text}: must be finite")
-        return float(text)
-
-    def several(item):
-        def list_of_numbers(text):
-            return tuple(item(part) for part in text.split(",") if part)
-        return list_of_numbers
-
+    Positive, float, bool (0/1), str, Literal[...] or tuple[int or float, ...] (comma-separated); those in `positional`
+    need no flag. One line and exit status 2 for an unknown flag or a bad value."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             self.exit(2, f"{self.prog}: {message}\n")
 
-    convert = {bool: boolean, int: at_least(0), Positive: at_least(1), float: finite, str: str}
+    def boolean(text):
+        return ("0", "false", "1", "true").index(text.lower()) > 1
+
+    def numbers(name, kind, least=-math.inf, many=False):  # the name is for argparse's complaint of a ValueError
+        def convert(text):
+            values = tuple(kind(part) for part in text.split(",") if part) if many else (kind(text),)
+            if not all(value >= least and math.isfinite(value) for value in values):
+                raise ValueError
+            return values if many else values[0]
+        convert.__name__ = name
+        return convert
+
+    converters = {
+        bool: boolean, str: str, int: numbers("integer (at least 0)", int, 0), float: numbers("finite number", float),
+        Positive: numbers("positive integer (at least 1)", int, 1),
+        tuple[int, ...]: numbers("list_of_numbers", int, many=True),
+        tuple[float, ...]: numbers("list_of_finite_numbers", float, many=True)}
     source = "".join(inspect.getsource(each) for each in Config.__mro__[-2::-1])
     comments = dict(re.findall(r"^    (\w+): .*?  #\s*(.*)$", source, re.M))
-    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    epilog = "presets: " + "; ".join(f"{name}: {preset or 'the defaults'}" for name, preset in presets.items())
+    parser = Parser(description=sys.modules[Config.__module__].__doc__, epilog=epilog, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     types = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         kind = types[field.name]
-        arguments = typing.get_args(kind)
-        default = field.default
-        keywords = dict(type=convert.get(kind), metavar=getattr(kind, "__name__", None))
-        if typing.get_origin(kind) is Literal:
-            keywords = dict(choices=arguments)
-        elif arguments:
-            keywords["type"] = several(arguments[0])
-            default = ",".join(map(str, default))
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         help = f"{comments.get(field.name, '')} [{default}]".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help, **keywords)
+        if field.name == "preset":
+            parser.add_argument("--preset", choices=presets, help=help)
+        elif typing.get_origin(kind) is Literal:
+            parser.add_argument(f"--{field.name}", choices=typing.get_args(kind), help=help)
+        else:
+            parser.add_argument(f"--{field.name}", type=converters[kind], metavar=kind.__name__, help=help)
     for name in positional:
-        parser.add_argument(f"@{name}", nargs="?", metavar=name, default=argparse.SUPPRESS)
-    parser.epilog = "presets: " + "; ".join(f"{name}: {preset or 'the defaults'}" for name, preset in presets.items())
+        parser.add_argument(name, nargs="?")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         nearest = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], types, 1, 0)[0]
-        parser.error(f"unknown argument {unknown[0]}; did you mean --{nearest}? (--help lists all)")
-    given = {key.lstrip("@"): value for key, value in vars(given).items()}
+        parser.error(f"unknown argument {unknown[0]}; did you mean --{nearest}?")
     imagenet = torch.cuda.is_available() and os.path.isdir("data/imagenet/train")
-    preset = given.get("preset") or ("imagenet" if imagenet else "toy")
-    if preset not in presets:
-        parser.error(f"unknown preset {preset}; there are {', '.join(presets)}")
+    preset = getattr(given, "preset", "imagenet" if imagenet else "toy")
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"preset {preset}", flush=True)
-    return Config(**{**presets[preset], **given, "preset": preset})
+    return Config(**{**presets[preset], **vars(given), "preset": preset})
 
 
 def main(run):
@@ -2644,19 +2534,18 @@ class World:
 
     def mean(self, tensor):
         """Over processes, in place."""
-        return self.sum(tensor.div_(self.size)) if self.size > 1 else tensor
+        return self.sum(tensor.div_(self.size))
 
 
 def init_world():
     """Joins the process group that torchrun describes (NCCL on GPUs, gloo on the CPU), or stands alone."""
-    rank, size, local = (int(os.environ.get(key, key == "WORLD_SIZE")) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(f"more processes than this machine's {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True
     elif sys.platform == "linux":  # glibc returns large blocks at every free: page faults are a fifth of a toy step
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -2668,27 +2557,26 @@ def init_world():
 
 
 def seed_step(seed, step, rank=0):
-    """All randomness of a step is a function of (seed, step, rank), so a resumed run needs no RNG state to be exact."""
+    """A step's randomness is a function of (seed, step, rank): resumed runs are exact."""
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "little"))
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path, renamed onto `path` when the block ends: readers see the old file or the new one, never half of
-    one. UserError if it cannot be written."""
+    """A temporary path, renamed onto `path` when the block ends: readers never see half a file. UserError if it cannot
+    be written."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
+        raise UserError(f"cannot write {path}: {error}".splitlines()[0])
+    finally:
+        if temporary.exists():
             temporary.unlink()
-        if isinstance(error, (OSError, RuntimeError)):  # RuntimeError: torch's, of a full disk
-            raise UserError(f"cannot write {path}: {error}".splitlines()[0])
-        raise
 
 
 def save_checkpoint(path, **entries):
@@ -2696,13 +2584,11 @@ def save_checkpoint(path, **entries):
         torch.save(entries, temporary)
 
 
-def load_checkpoint(path, kind, hint=""):
+def load_checkpoint(path, kind):
     """A checkpoint's entries, on the CPU. UserError if it is missing or of another kind."""
-    if not Path(path).exists():
-        raise UserError(f"no {kind} checkpoint at {path}" + (f"; {hint}" if hint else ""))
     entries = load_weights(path)
     if entries.get("kind") != kind:
-        raise UserError(f"{path} is no {kind} checkpoint of these scripts (but {entries.get('kind', 'unknown')})")
+        raise UserError(f"{path} is no {kind} checkpoint, but {entries.get('kind', 'unknown')}")
     return entries
 
 
@@ -2748,22 +2634,21 @@ class Log:
         self.last = None  # (time, images seen) of the line before
         self.bar = tqdm(total=total, initial=start, desc=script, unit="step", disable=world.rank > 0, mininterval=0.5)
         if world.rank == 0:  # what came after the checkpoint that is resumed from goes, and half a line
-            kept = []
+            kept = ""
             for line in self.path.read_text().splitlines() if self.path.exists() else ():
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
                     if entry["script"] != script or entry["step"] <= start:
-                        kept.append(line + "\n")
-            write_text(self.path, "".join(kept))
+                        kept += line + "\n"
+            write_text(self.path, kept)
 
     def write(self, step, images, **values):
-        """`images` seen so far; tensors among `values` are read here, once per interval."""
-        tensors = [torch.as_tensor(value, dtype=torch.float64, device=self.world.device) for value in values.values()]
-        values = dict(zip(values, torch.stack(tensors).tolist()))
+        """`images`: seen so far."""
+        values = {name: float(value) for name, value in values.items()}
         now = time.perf_counter()
-        if self.last is not None:
-            values["images_per_second"] = (images - self.last[1]) / (now - self.last[0])
-            values["mfu"] = self.world.mfu(self.flops, values["images_per_second"])
+        if self.last:
+            rate = (images - self.last[1]) / (now - self.last[0])
+            values.update(images_per_second=rate, mfu=self.world.mfu(self.flops, rate))
         self.last = now, images
         if self.world.rank == 0:
             values = {name: float(f"{value:.6g}") for name, value in values.items() if value is not None}
@@ -2783,21 +2668,19 @@ def time_steps(title, step, n, images, flops, world):
         event.record()
         return event
 
-    for _ in range(3):
-        step()
-    marks = [mark()]
-    for _ in range(n):
+    marks = []
+    for _ in range(3 + n):
         step()
         marks.append(mark())
     if cuda:
         torch.cuda.synchronize()
-    times = [a.elapsed_time(b) if cuda else 1000 * (b - a) for a, b in zip(marks, marks[1:])]
-    rate = 1000 * images / statistics.median(times)
+    times = [a.elapsed_time(b) if cuda else 1000 * (b - a) for a, b in zip(marks[2:], marks[3:])]
+    ms = statistics.median(times)
+    rate = 1000 * images / ms
     result = dict(
-        title=title, device=torch.cuda.get_device_name() if cuda else "cpu", processes=world.size, images=images,
-        ms=statistics.median(times), ms_min=min(times), ms_max=max(times), images_per_second=rate,
-        tflops=flops * rate / 1e12, mfu=world.mfu(flops, rate),
-        peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None)
+        title=title, device=torch.cuda.get_device_name() if cuda else "cpu", processes=world.size, images=images, ms=ms,
+        ms_min=min(times), ms_max=max(times), images_per_second=rate, tflops=flops * rate / 1e12,
+        mfu=world.mfu(flops, rate), peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None)
     result = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in result.items()}
     if world.rank == 0:
         print(json.dumps(result), flush=True)
@@ -2819,22 +2702,23 @@ def shrink(images, scale, antialias=True):
     if scale == 1:
         return images
     size = [round(side * scale) for side in images.shape[-2:]]
-    return F.interpolate(images, size, mode="bilinear", antialias=antialias, align_corners=False)
+    return F.interpolate(images, size, mode="bilinear", antialias=antialias)
 
 
 def save_grid(images, path, columns, labels=None):
     """Images [N, 3, H, W] in [-1, 1] as one PNG, `columns` to the row, `labels` (strings) under them."""
+    images = F.interpolate(images.float(), scale_factor=max(1, 96 // max(images.shape[-2:])))
     n, _, h, w = images.shape
-    scale = max(1, 96 // max(h, w))
-    text = 12 if labels else 0
-    canvas = Image.new("RGB", (columns * (w * scale + 2), math.ceil(n / columns) * (h * scale + 2 + text)), "white")
+    width = w + 2  # of a cell
+    height = h + (14 if labels else 2)
+    canvas = Image.new("RGB", (columns * width, math.ceil(n / columns) * height), "white")
     draw = ImageDraw.Draw(canvas)
     for i, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
-        x = i % columns * (w * scale + 2)
-        y = i // columns * (h * scale + 2 + text)
-        canvas.paste(Image.fromarray(image).resize((w * scale, h * scale), Image.NEAREST), (x, y))
+        x = i % columns * width
+        y = i // columns * height
+        canvas.paste(Image.fromarray(image), (x, y))
         if labels:
-            draw.text((x + 1, y + h * scale), labels[i], fill="black")
+            draw.text((x + 1, y + h), labels[i], fill="black")
     with replacing(path) as temporary:
         canvas.save(temporary, "PNG")
 
