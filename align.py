@@ -46,9 +46,9 @@ from tokenizer import (Images, Log, Positive, Tokenizer, Trainer, UserError, alo
 @dataclass
 class Config:
     preset: str = ""  # imagenet (these defaults) where there is CUDA and data/imagenet/train, or toy
-    out: str = "out"  # everything is written here; holds the checkpoints that are not named
+    out: str = "out"  # holds the checkpoints that are not named, and what is written
     cache: str = "out"  # folder of the toy's drawings, VFM and classifier, shared by all runs
-    seed: int = 0
+    seed: int = 0  # of all that is drawn
     # data
     data: str = "data/imagenet"  # a folder, shapes, CIFAR10, ...
     data_dir: str = "data"  # where torchvision's data sets lie
@@ -70,7 +70,7 @@ class Config:
     log_interval: Positive = 100  # steps
     save_interval: Positive = 2_000  # steps between checkpoints
     # the study
-    study: bool = False
+    study: bool = False  # run what it lacks
     study_methods: str = "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok"  # of METHODS
     study_seeds: Positive = 3  # runs of each
     study_align: str = "none,repa"  # diffusion models on each tokenizer: none, repa, reg
@@ -79,7 +79,7 @@ class Config:
     study_points: tuple[int, ...] = (375, 750, 1_500)  # steps at which it is judged
     study_samples: Positive = 1_000  # judged, and held-out images
     # the sweep
-    sweep: bool = False
+    sweep: bool = False  # of OUT/diffusion.pt
     sweep_steps: tuple[int, ...] = (10, 20, 30, 50, 250)  # numbers of times
     sweep_samples: Positive = 1_000  # images a row
 
@@ -172,7 +172,7 @@ def linear_probe(features, labels, ridge=1e-3):
 
 
 # -----------------------------------------------------------------------------
-# Measuring checkpoints: features of the same images from every tokenizer, diffusion block and VFM
+# Measuring checkpoints
 
 @dataclass
 class Subject:
@@ -697,7 +697,7 @@ def sweep(cfg, world):
 # -----------------------------------------------------------------------------
 # Charts
 
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 
 
 def chart(path, panels, columns=2):

@@ -56,7 +56,7 @@ class Config:
     out: str = "out"  # folder of checkpoints, log, grids
     cache: str = "out"  # the toy's drawings and VFM, shared by all runs
     resume: bool = True  # go on from OUT/diffusion.pt
-    seed: int = 0
+    seed: int = 0  # of weights, batches, noise
     # data and its latents
     tokenizer: str = ""  # checkpoint, ours or official; empty: OUT/tokenizer.pt
     data: str = "data/imagenet"  # class folders (maybe under train/ and val/), shapes, CIFAR10, ...
@@ -67,25 +67,25 @@ class Config:
     cache_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     cache_features: bool = True  # with --align: cache the VFM's tokens, too, or run it at every step
     encode_batch: Positive = 64  # images, with their mirror images
-    val_images: Positive = 4_096
-    workers: int = 8
+    val_images: Positive = 4_096  # of the validation loss
+    workers: int = 8  # data loading processes
     # model
     model: Literal["toy", "B", "L", "XL", "1.0B", "1.6B"] = "XL"
-    depth: int = 0  # 0, in the next two, too: the model's
-    hidden_size: int = 0
-    num_heads: int = 0
+    depth: int = 0  # 0: the model's
+    hidden_size: int = 0  # likewise
+    num_heads: int = 0  # likewise
     patch_size: Positive = 1  # side of a token in latent positions
     arch: Literal["lightningdit", "sit"] = "lightningdit"  # RMSNorm, SwiGLU, RoPE; or LayerNorm, GELU
-    qk_norm: bool = False
+    qk_norm: bool = False  # of queries and keys: for long runs
     # objective
     times: Literal["lognormal", "uniform"] = "lognormal"  # logit-normal(0, 1)
     uniform_from: int = 0  # step from which they are uniform (0: never); LightningDiT: 600000 of 700,000
     cosine_weight: float = 1.0  # of 1 - cosine(v, target)
     class_dropout: float = 0.1  # share of labels that become the null class
     align: Literal["none", "repa", "reg"] = "none"  # reg: REPA and a class token
-    align_vfm: str = "dinov2_vitb14"
+    align_vfm: str = "dinov2_vitb14"  # that VFM
     encoder_depth: Positive = 8  # block, from 1, whose tokens are projected
-    projector_dim: Positive = 2_048
+    projector_dim: Positive = 2_048  # width of its head
     repa_weight: float = 0.5  # of REPA's negative cosine similarity
     cls_weight: float = 0.03  # of the class token's velocity error
     # optimisation
@@ -93,18 +93,18 @@ class Config:
     batch_size: Positive = 1_024  # images a step, of all processes
     accumulate: Positive = 1  # micro-batches a step
     lr: float = 2e-4  # of AdamW, without weight decay
-    beta2: float = 0.95
+    beta2: float = 0.95  # of its second moments
     warmup: int = 0  # steps of linear warm-up
     cooldown: float = 0.0  # share of the steps, the last, in which it falls linearly to 0 (ours)
     clip: float = 1.0  # gradient norm
     ema: float = 0.9999  # decay a step
     # machine
-    compile: bool = torch.cuda.is_available()
+    compile: bool = torch.cuda.is_available()  # torch.compile the model
     checkpointing: bool = False  # recompute blocks in the backward pass
     fsdp: bool = False  # shard all of it (FSDP2)
     bench: int = 0  # only time so many training steps on random latents
     # intervals, in steps
-    log_interval: Positive = 100
+    log_interval: Positive = 100  # of the log
     val_interval: int = 5_000  # of validation losses (0: at the end alone)
     sample_interval: int = 5_000  # of grids of samples (0: none)
     save_interval: int = 5_000  # of checkpoints (0: at the end alone)
@@ -444,10 +444,15 @@ def velocity_to_score(v, x, t):
     return (t * v - x) / (1 - t)
 
 
-def sde(model, noise, y, num_steps=250, cls_noise=None, draw=torch.randn_like, **guidance):
+def sde(model, noise, y, num_steps=250, cls_noise=None, generator=None, **guidance):
     """REG's Euler-Maruyama: latents, as by `ode`, along dx = (v + (1 - t) score) dt + sqrt(2 (1 - t)) dW, at times
-    linspace(0, 0.96, num_steps) and then 1, in float64. All but the last of num_steps evaluations are followed by noise
-    that `draw` gives like its argument."""
+    linspace(0, 0.96, num_steps) and then 1, in float64; noise follows all evaluations but the last. `generator`: a
+    torch.Generator, or a callable that gives noise like its argument."""
+    def draw(like):
+        if callable(generator):
+            return generator(like)
+        return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
     state = [s.double() for s in (noise, cls_noise) if s is not None]
     times = torch.linspace(0, 0.96, num_steps, dtype=torch.float64).tolist() + [1.0]
     for t, after in zip(times, times[1:]):
@@ -619,8 +624,7 @@ def build(cfg, world, arch, saved=None):
         parallel = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=0, fused=True)
     if saved:
-        set_optimizer_state_dict(
-            model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
     return model, parallel, ema, optimizer
 
 

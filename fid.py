@@ -54,7 +54,7 @@ class Config:
     images: Positive = 50_000  # ... at most so many
     image_size: int = 0  # crop to this size as ADM does; 0: as the images are, or the tokenizer's
     batch_size: Positive = 256  # a step and process
-    workers: int = 8
+    workers: int = 8  # data loading processes
     out: str = "out"  # of fid.json or eval.json
     cache: str = "out"  # the toy's drawings, VFM and classifier, shared by all runs
 
@@ -91,12 +91,16 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
 
 
-def inception_score(logits, split=5000):
-    """Logits [N, K] -> (mean, population's standard deviation) of exp(mean KL(p || mean p)) (arXiv 1606.03498) over
-    contiguous parts of `split` images, the last maybe shorter, as ADM's."""
+def inception_score(logits, splits):
+    """Logits [N, K] -> (mean, std) of the Inception Score (arXiv 1606.03498) over `splits` contiguous parts."""
+    return score_parts(torch.as_tensor(logits).tensor_split(splits))
+
+
+def score_parts(parts):
+    """exp(mean KL(p || mean p)) of each part's logits [n, K] -> their mean and population's standard deviation."""
     scores = []
-    for part in logits.split(split):
-        log_p = part.double().log_softmax(1)  # [split, K]
+    for part in parts:
+        log_p = part.double().log_softmax(1)  # [n, K]
         p = log_p.exp()
         scores.append(((p * log_p).sum(1).mean() + torch.special.entr(p.mean(0)).sum()).exp())
     scores = torch.stack(scores)
@@ -118,9 +122,10 @@ def full_float32():
 def precision_recall(reference, samples, k=3, block=1024):
     """Features [N, D], [M, D] -> (precision, recall) (arXiv 1904.06991): the share of samples in the ball of any
     reference image, and the reverse. A ball reaches to the k-th nearest of its own set, itself not counted."""
+    reference = torch.as_tensor(reference)
     centre = reference.mean(0)  # leaves distances as they are, their rounding small
     reference = reference - centre
-    samples = samples - centre
+    samples = torch.as_tensor(samples) - centre
 
     def radii(rows):  # [n, D] -> [n]; the nearest is the row itself
         return torch.cat([torch.cdist(part, rows).kthvalue(k + 1, 1).values for part in rows.split(block)])
@@ -410,7 +415,7 @@ def image_statistics(source, net, world, batch_size=64, workers=0, title="images
     if spatial is not None:
         found["mu_s"], found["sigma_s"] = moments(spatial)
     if logits is not None:
-        found.update(inception_score=inception_score(logits), predictions=logits.argmax(1))
+        found.update(inception_score=score_parts(logits.split(5000)), predictions=logits.argmax(1))  # ADM's parts
     return found
 
 

@@ -46,7 +46,7 @@ class Config:
     cls_cfg_scale: float = 0.0  # guidance of REG's class token (0: none)
     guide: str = ""  # a weaker model, in place of the unconditional half (autoguidance)
     # machine and output
-    compile: bool = torch.cuda.is_available()
+    compile: bool = torch.cuda.is_available()  # the model
     npz: bool = True  # also write OUT/samples.npz (ADM's format)
     bench: int = 0  # time so many guided evaluations
     reconstruct: str = ""  # folder of images: reconstruct them, then stop

@@ -2099,6 +2099,8 @@ class Images(Dataset):
         if (root / split).is_dir():
             root = root / split
         paths = list_images(root)
+        if len({path.parent == root for path in paths}) == 2:
+            raise UserError(f"{root} has images both in class folders and beside them")
         folders = ["image" if path.parent == root else path.relative_to(root).parts[0] for path in paths]
         classes, self.labels = np.unique(folders, return_inverse=True)
         self.classes = classes.tolist()
@@ -2243,8 +2245,10 @@ class Shapes(Dataset):
 
     def caption(self, index):
         a = {key: value[0] for key, value in self.attributes([index]).items()}
-        return (f"a {self.hues[a['hue']]} {self.classes[a['shape']]} on a {self.hues[a['ground']]} background, "
-                f"{self.textures[a['texture']]}")
+        size = "large" if a["scale"] > 0.675 else "small"
+        place = ("upper" if a["y"] < 0 else "lower") + (" left" if a["x"] < 0 else " right")
+        return (f"a {size} {self.hues[a['hue']]} {self.classes[a['shape']]} at the {place} "
+                f"on a {self.hues[a['ground']]} background, {self.textures[a['texture']]}")
 
     def draw(self, indices):
         """uint8 [n, 3, size, size]."""
