@@ -1,13 +1,13 @@
 """
-How far tokenizers and diffusion models agree with vision foundation models (VFMs): measured, trained for, tested.
+How far tokenizers and diffusion models agree with vision foundation models (VFMs).
 
-    python align.py  # CKNNA, SE-CKNNA, probe of out/tokenizer.pt and of each block of out/diffusion.pt
-    python align.py a/tokenizer.pt b/diffusion.pt --reference=toy-blind  # diffusion models bring their tokenizers
-    python align.py --steps=1000 --side=both  # both train on together -> out/joint-both/, measured before and after
+    python align.py  # CKNNA, SE-CKNNA, probe of out/tokenizer.pt and out/diffusion.pt's blocks
+    python align.py a/tokenizer.pt b/diffusion.pt --reference=toy-blind  # with their tokenizers
+    python align.py --steps=1000 --side=both  # joint training -> out/joint-both/, measured before and after
     torchrun --nproc_per_node=8 align.py --study=1  # the papers' claim in miniature: 6 tokenizers x 3 seeds
-    python align.py --sweep=1  # toy: Frechet distance and accuracy by solver, steps, guidance -> out/sweep.md
+    python align.py --sweep=1  # toy: FD and accuracy by solver, steps, guidance -> out/sweep.md
 
-CKNNA is arXiv 2405.07987, SE-CKNNA and dual alignment VFM-VAE's (2510.18457), joint training REPA-E's (2504.10483).
+CKNNA: arXiv 2405.07987; SE-CKNNA, dual alignment: VFM-VAE, 2510.18457; joint training: REPA-E, 2504.10483.
 """
 import dataclasses
 import functools
@@ -31,52 +31,52 @@ from scipy.stats import rankdata
 from tqdm import tqdm
 
 from diffusion import PRESETS as DIFFUSION_PRESETS, Config as DiffusionConfig, train as train_diffusion
-from diffusion import (ImageNoise, Sampling, build, draw_times, flow_losses, full_state, generate, load_diffusion,
-                       update_ema, vfm_tokens)
+from diffusion import (
+    ImageNoise, Sampling, build, draw_times, flow_losses, full_state, generate, load_diffusion, update_ema, vfm_tokens)
 from fid import full_float32, judge, judge_tokenizer, load_features
 from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, train as train_tokenizer
 from sample import tokenizer_beside
-from tokenizer import (Images, Log, Positive, Tokenizer, Trainer, UserError, alone, average_gradients, average_weights,
-                       build_tokenizer, fingerprint, init_world, load_checkpoint, load_tokenizer, load_vfm,
-                       load_weights, main, make_loader, open_data, parse_config, psnr, read_json, replacing,
-                       save_checkpoint, seed_step, shrink, stages_of, step_batches, to_float, to_uint8, vfm_of,
-                       write_json, write_text)
+from tokenizer import (
+    Images, Log, Positive, Tokenizer, Trainer, UserError, alone, average_gradients, average_weights, build_tokenizer,
+    fingerprint, init_world, load_checkpoint, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
+    parse_config, psnr, read_json, replacing, save_checkpoint, seed_step, shrink, stages_of, step_batches, to_float,
+    to_uint8, vfm_of, write_json, write_text)
 
 
 @dataclass
 class Config:
-    preset: str = ""  # imagenet (these defaults) where there is CUDA and data/imagenet/train, or toy
-    out: str = "out"  # holds the checkpoints that are not named, and what is written
-    cache: str = "out"  # folder of the toy's drawings, VFM and classifier, shared by all runs
+    preset: str = ""  # imagenet (given CUDA and data/imagenet/train) or toy
+    out: str = "out"  # unnamed checkpoints, what is written
+    cache: str = "out"  # the toy's drawings, VFM, classifier
     seed: int = 0  # of all that is drawn
     # data
     data: str = "data/imagenet"  # a folder, shapes, CIFAR10, ...
-    data_dir: str = "data"  # where torchvision's data sets lie
+    data_dir: str = "data"  # of torchvision's data sets
     download: bool = False  # fetch them
-    image_size: int = 0  # pixels; 0: what the first tokenizer was trained at
-    workers: int = 8  # data loading processes
+    image_size: int = 0  # pixels; 0: the first tokenizer's
+    workers: int = 8  # loader processes
     # measuring
-    reference: str = ""  # VFMs beside each tokenizer's own: names or files, comma-separated
+    reference: str = ""  # VFMs beside the tokenizers': names, files
     images: Positive = 10_000  # held-out images
-    k: Positive = 10  # nearest neighbours of CKNNA
+    k: Positive = 10  # neighbours of CKNNA
     encode_batch: Positive = 64  # images at once
     # joint training
-    steps: int = 0  # of both; 0: measure only
-    side: Literal["none", "tokenizer", "diffusion", "both"] = "both"  # which the alignment loss reaches
-    tokenizer_weight: float = 1.5  # of the alignment loss on the tokenizer (REPA-E)
-    batch_size: Positive = 256  # images a step, over all processes
+    steps: int = 0  # 0: only measure
+    side: Literal["none", "tokenizer", "diffusion", "both"] = "both"  # reached by the alignment loss
+    tokenizer_weight: float = 1.5  # of the alignment loss there (REPA-E)
+    batch_size: Positive = 256  # a step, of all processes
     accumulate: Positive = 1  # micro-batches a step
-    compile: bool = torch.cuda.is_available()  # torch.compile the networks that train
+    compile: bool = torch.cuda.is_available()  # what trains
     log_interval: Positive = 100  # steps
-    save_interval: Positive = 2_000  # steps between checkpoints
+    save_interval: Positive = 2_000  # of checkpoints
     # the study
     study: bool = False  # run what it lacks
     study_methods: str = "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok"  # of METHODS
     study_seeds: Positive = 3  # runs of each
-    study_align: str = "none,repa"  # diffusion models on each tokenizer: none, repa, reg
-    study_kimg: float = 28.0  # thousands of images to each tokenizer
-    study_steps: Positive = 1_500  # of 64 latents to each diffusion model
-    study_points: tuple[int, ...] = (375, 750, 1_500)  # steps at which it is judged
+    study_align: str = "none,repa"  # diffusion models: none, repa, reg
+    study_kimg: float = 28.0  # thousand images a tokenizer
+    study_steps: Positive = 1_500  # of 64, a diffusion model
+    study_points: tuple[int, ...] = (375, 750, 1_500)  # steps to judge it at
     study_samples: Positive = 1_000  # judged, and held-out images
     # the sweep
     sweep: bool = False  # of OUT/diffusion.pt
@@ -84,24 +84,24 @@ class Config:
     sweep_samples: Positive = 1_000  # images a row
 
 
-PRESETS = dict(imagenet={}, toy=dict(data="shapes", workers=0, images=2_000, encode_batch=100, batch_size=32,
-                                     log_interval=10, save_interval=500))
+PRESETS = dict(imagenet={}, toy=dict(
+    data="shapes", workers=0, images=2_000, encode_batch=100, batch_size=32, log_interval=10, save_interval=500))
 
 # -----------------------------------------------------------------------------
-# CKNNA: centered kernel nearest-neighbour alignment (arXiv 2405.07987). To copy: these four functions
+# CKNNA: centered kernel nearest-neighbour alignment (arXiv 2405.07987), four functions
 
 def hsic(K, L):
-    """Unbiased HSIC of kernels [n, n] with zero diagonals, which need not be symmetric (Song et al. 2012, eq. 5)."""
+    """Unbiased HSIC of kernels [n, n] with zero diagonals, maybe asymmetric (Song et al. 2012, eq. 5)."""
     n = len(K)
     trace = (K * L.T).sum(dtype=torch.float64)  # of K L
     sums = K.sum(dtype=torch.float64) * L.sum(dtype=torch.float64)
-    entries = K.sum(0, dtype=torch.float64) @ L.sum(1, dtype=torch.float64)  # of K L, added up
+    entries = K.sum(0, dtype=torch.float64) @ L.sum(1, dtype=torch.float64)  # of K L, summed
     return (trace + sums / ((n - 1) * (n - 2)) - 2 / (n - 2) * entries) / (n * (n - 3))
 
 
 def neighbourhood(features, k):
-    """Raw features [n, D] -> their kernel [n, n] with a zero diagonal, the mask [n, n] of each row's k nearest, the
-    HSIC of the masked kernel with itself. Features are clamped at 95% of all absolute values, rows get unit length."""
+    """Raw features [n, D] -> kernel [n, n] with a zero diagonal, mask [n, n] of each row's k nearest, HSIC of the
+    masked kernel with itself. Features are clamped at 95% of all absolute values, rows normalised."""
     sizes = features.abs().flatten()
     q = sizes.kthvalue(min(len(sizes), int(0.95 * len(sizes)) + 1)).values
     rows = F.normalize(features.clamp(-q, q), dim=1)  # [n, D]
@@ -113,7 +113,7 @@ def neighbourhood(features, k):
 
 
 def compare_neighbourhoods(a, b):
-    """CKNNA of two `neighbourhood`s -> scalar. What is near in both counts."""
+    """CKNNA of two `neighbourhood`s -> scalar."""
     K, near_a, self_a = a
     L, near_b, self_b = b
     both = near_a & near_b
@@ -121,17 +121,16 @@ def compare_neighbourhoods(a, b):
 
 
 def cknna(a, b, k=10):
-    """CKNNA of raw features [n, D_a] and [n, D_b] of the same n > 3 images -> float: 1 for equal neighbourhoods, about
-    0 for unrelated ones."""
+    """CKNNA of raw features [n, D_a], [n, D_b] of the same n > 3 images -> float: 1 for equal neighbourhoods, about 0
+    for unrelated ones."""
     return compare_neighbourhoods(neighbourhood(a, k), neighbourhood(b, k)).item()
 
 
 # -----------------------------------------------------------------------------
-# SE-CKNNA (VFM-VAE): does the agreement survive what leaves an image's meaning as it is? Both models see the images
-# transformed; SE-CKNNA is the mean of CKNNA over all conditions
+# SE-CKNNA (VFM-VAE): the mean of CKNNA over conditions that keep an image's meaning, seen by both models
 
 SCALES = (1.0, 0.75, 0.5, 0.25)
-NOISES = (0.05, 0.10, 0.15, 0.20)  # standard deviations, in parts of the pixel range
+NOISES = (0.05, 0.10, 0.15, 0.20)  # standard deviations / pixel range
 CONDITIONS = ("clean", "equivariance", *(f"noise {std:.2f}" for std in NOISES))
 
 
@@ -141,12 +140,12 @@ def se_cknna(row):
 
 
 def transformed(images, indices, scales, seed):
-    """Yields (condition, [(rows, images of one size)]) of images [B, 3, S, S] in [-1, 1]. Quarter turns, one of the
-    scales and one field of noise, which each std multiplies, are drawn for an image by (seed, its index) alone."""
-    everything = list(range(len(images)))
-    yield "clean", [(everything, images)]
+    """Yields (condition, [(rows, images of one size)]) of images [B, 3, S, S] in [-1, 1]. An image's quarter turns,
+    scale and field of noise, which each std multiplies, are drawn by (seed, its index) alone."""
+    every = list(range(len(images)))
+    yield "clean", [(every, images)]
 
-    turned = torch.empty_like(images)  # [B, 3, S, S]
+    turned = torch.empty_like(images)
     drawn = {scale: [] for scale in scales}  # rows
     for i, index in enumerate(indices):
         draw = np.random.default_rng((seed, int(index)))
@@ -156,11 +155,11 @@ def transformed(images, indices, scales, seed):
 
     noise = ImageNoise(seed, indices)(images)  # [B, 3, S, S]
     for condition, std in zip(CONDITIONS[2:], NOISES):
-        yield condition, [(everything, (images + 2 * std * noise).clamp(-1, 1))]  # the range is 2 wide
+        yield condition, [(every, (images + 2 * std * noise).clamp(-1, 1))]  # range 2
 
 
 def linear_probe(features, labels, ridge=1e-3):
-    """Accuracy of ridge regression of features [n, D] onto the classes, fitted to the even rows, on the odd ones."""
+    """Accuracy of ridge regression of features [n, D] onto classes, fitted on even rows, on the odd ones."""
     x = features.double()
     x = (x - x[::2].mean(0)) / x[::2].std(0).clamp(min=1e-6)
     y = F.one_hot(labels).double()
@@ -179,12 +178,12 @@ class Subject:
     """What is measured."""
     name: str  # the path
     tokenizer: Tokenizer
-    vfm: str  # its name
+    vfm: str  # name
     networks: dict = field(default_factory=dict)  # diffusion models, {path: DiT}
 
 
 def load_subjects(paths, world):
-    """-> [Subject], diffusion models under their tokenizers, and {name: VFM} of the frozen VFMs that came along."""
+    """-> [Subject], diffusion models under their tokenizers, and {name: frozen VFM} that came along."""
     subjects = {}
     vfms = {}
     for path in paths:
@@ -192,23 +191,23 @@ def load_subjects(paths, world):
         diffuses = entries.get("kind") == "diffusion"
         owner = tokenizer_beside(path, entries) if diffuses else path
         if owner not in subjects:
-            tokenizer = load_tokenizer(owner).to(world.device)
-            config = tokenizer.about.get("config", {})
-            vfm = f"VFM of {owner}" if tokenizer.vfm is not None else ""
+            tok = load_tokenizer(owner).to(world.device)
+            config = tok.about.get("config", {})
+            vfm = f"VFM of {owner}" if tok.vfm is not None else ""
             if config:
                 vfm, _ = vfm_of(TokenizerConfig(**config))
-            if tokenizer.vfm is not None and config.get("method", "vfmvae") == "vfmvae":
-                vfms[vfm] = tokenizer.vfm
-            subjects[owner] = Subject(owner, tokenizer, vfm)
+            if tok.vfm is not None and config.get("method", "vfmvae") == "vfmvae":
+                vfms[vfm] = tok.vfm
+            subjects[owner] = Subject(owner, tok, vfm)
         if diffuses:
             subjects[owner].networks[path] = load_diffusion(path).to(world.device)
     return list(subjects.values()), vfms
 
 
 def pooled_features(subjects, vfms, images):
-    """Yields (key, [B, D] averaged over positions) of images [B, 3, s, s]; keys ("vfm", name), (tokenizer, "latents"),
-    (diffusion model, "block 1"), ... A tokenizer's own VFM sees images at the tokenizer's size, another one at a token
-    for each of the first tokenizer's latents. A REG model is given its VFM's class token, which flatters its blocks."""
+    """Yields (key, [B, D], positions' means) of images [B, 3, s, s]; keys ("vfm", name), (tokenizer, "latents"),
+    (diffusion model, "block 1"), ... A tokenizer's own VFM sees images at its size, others have a token for each of the
+    first tokenizer's latents. A REG model gets its VFM's class token, which flatters its blocks."""
     side = images.shape[-1]
 
     @functools.cache
@@ -223,16 +222,16 @@ def pooled_features(subjects, vfms, images):
         yield ("vfm", name), tokens(name, grids[name])[:, int(vfm.cls_token is not None):].mean(1)
 
     for subject in subjects:
-        tokenizer = subject.tokenizer
-        # `encode` without the decoder's demands on the size
-        z = tokenizer.moments(tokenizer.features(images), side, side).float().chunk(2, 1)[0]  # [B, C, h, w]
+        tok = subject.tokenizer
+        # `encode` without the decoder's size check
+        z = tok.moments(tok.features(images), side, side).float().chunk(2, 1)[0]  # [B, C, h, w]
         yield (subject.name, "latents"), z.mean((2, 3))
         for name, dit in subject.networks.items():
             mean, std = (dit.about[key].to(z).view(1, -1, 1, 1) for key in ("latent_mean", "latent_std"))
             cls = None
             if dit.cls_dim:
                 cls = tokens(dit.about["config"]["align_vfm"], z.shape[-1] // dit.patch_size)[:, 0]  # [B, D]
-            # no noise, t = 0.5, null class: what the model makes of the image itself
+            # clean, t = 0.5, null class: what it makes of the image itself
             t = z.new_full((len(z),), 0.5)
             y = torch.full_like(t, dit.num_classes, dtype=torch.long)
             for i, x in enumerate(dit((z - mean) / std, t, y, cls, blocks=True), 1):  # [B, (1 +) N, D]
@@ -240,42 +239,42 @@ def pooled_features(subjects, vfms, images):
 
 
 def fits(subjects, side):
-    """Whether images of `side` px lie on every patch and latent grid."""
-    cells = []  # of these grids, in px
+    """Whether `side` px fit all patch and latent grids."""
+    cells = []  # in px
     for subject in subjects:
-        tokenizer = subject.tokenizer
-        cells.append(tokenizer.downsample)
-        cells += [tokenizer.downsample * dit.patch_size for dit in subject.networks.values()]
-        if tokenizer.vfm is not None:
-            cells.append(tokenizer.vfm.patch_size / tokenizer.scale_factor)
+        tok = subject.tokenizer
+        cells.append(tok.downsample)
+        cells += [tok.downsample * dit.patch_size for dit in subject.networks.values()]
+        if tok.vfm is not None:
+            cells.append(tok.vfm.patch_size / tok.scale_factor)
     return all(round(side / cell, 6).is_integer() for cell in cells)
 
 
 @torch.inference_mode()
 @full_float32()
 def alignment(subjects, vfms, data, indices, cfg, world):
-    """CKNNA of all latents and DiT blocks against every VFM in every condition on `data`'s images at `indices` -> rows
-    dict(name, part, vfm, each condition, SE-CKNNA, probe), the scales drawn from."""
+    """CKNNA of latents and DiT blocks against each VFM in each condition on `data`'s images at `indices` -> rows
+    dict(name, part, vfm, each condition, SE-CKNNA, probe), the scales."""
     scales = [scale for scale in SCALES if fits(subjects, data.size * scale)]
     if not scales:
-        raise UserError(f"{data.size} px do not fit the grids of all these models: try another --image_size")
+        raise UserError(f"{data.size} px do not fit all grids: try another --image_size")
     mine = np.arange(len(indices))[world.rank::world.size]
     parts = np.array_split(mine, -(-len(mine) // cfg.encode_batch))
     loader = make_loader(data, [indices[part].tolist() for part in parts], world, cfg.workers)
     bar = tqdm(loader, desc="features", disable=world.rank > 0, leave=False)
-    found = {condition: {} for condition in CONDITIONS}  # condition: key: features [n, D]
+    found = {view: {} for view in CONDITIONS}  # view: key: features [n, D]
     for part, (images, _) in zip(parts, bar):
         images = to_float(images.to(world.device))  # [B, 3, S, S]
-        for condition, groups in transformed(images, indices[part], scales, cfg.seed):
+        for view, groups in transformed(images, indices[part], scales, cfg.seed):
             for rows, some in groups:
                 for key, value in pooled_features(subjects, vfms, some):
-                    if key not in found[condition]:
-                        found[condition][key] = value.new_zeros(len(indices), value.shape[1])
-                    found[condition][key][part[rows]] = value
+                    if key not in found[view]:
+                        found[view][key] = value.new_zeros(len(indices), value.shape[1])
+                    found[view][key][part[rows]] = value
 
     labels = torch.as_tensor(np.asarray(data.labels)[indices], device=world.device)
     table = {}
-    for condition, features in found.items():
+    for view, features in found.items():
         for value in features.values():
             world.sum(value)
         targets = {name: neighbourhood(features.pop(("vfm", name)), cfg.k) for name in vfms}
@@ -283,8 +282,8 @@ def alignment(subjects, vfms, data, indices, cfg, world):
             own = neighbourhood(value, cfg.k)
             for vfm, target in targets.items():
                 row = table.setdefault((name, part, vfm), dict(name=name, part=part, vfm=vfm))
-                row[condition] = compare_neighbourhoods(own, target).item()
-                if condition == "clean":  # nan: there is one class
+                row[view] = compare_neighbourhoods(own, target).item()
+                if view == "clean":  # nan: one class
                     row["probe"] = linear_probe(value, labels) if labels.max() > 0 else math.nan
     for row in table.values():
         row["SE-CKNNA"] = se_cknna(row)
@@ -297,7 +296,7 @@ def markdown(header, rows):
 
 
 def report(paths, cfg, world, folder):
-    """Measures checkpoints on held-out images; prints the table, writes align.json and align.png into `folder`."""
+    """Measures checkpoints on held-out images; prints a table, writes align.json, align.png into `folder`."""
     subjects, vfms = load_subjects(paths, world)
     names = cfg.reference.split(",")
     for subject in subjects:
@@ -307,7 +306,7 @@ def report(paths, cfg, world, folder):
         if name not in vfms:
             vfms[name] = load_vfm(name, cfg.cache).to(world.device)
     if not vfms:
-        raise UserError("no VFM is known to these tokenizers: give --reference=NAME")
+        raise UserError("no VFM: give --reference=NAME")
     data = open_data(cfg, "val", cfg.image_size or subjects[0].tokenizer.resolution)
     indices = np.linspace(0, len(data) - 1, min(cfg.images, len(data))).astype(int)
     rows, scales = alignment(subjects, vfms, data, indices, cfg, world)
@@ -332,30 +331,30 @@ def report(paths, cfg, world, folder):
 # Joint training
 
 class JointTrainer(Trainer):
-    """A tokenizer's Trainer in whose step a diffusion model learns from the same latents; REPA's loss reaches `side`:
+    """A tokenizer's Trainer: in its step a diffusion model learns from the same latents; REPA's loss reaches `side`:
 
         tokenizer:  its own losses + tokenizer_weight * repa  (side = tokenizer, both)
         DiT:        flow matching + repa_weight * repa        (side = diffusion, both)
 
-    The velocity loss never reaches the tokenizer: it would teach it latents that are easy to denoise because they say
-    little (REPA-E, section 3). BatchNorm normalises the latents, with gradients through the batch's statistics, so that
-    growing or shrinking them gains nothing; sampling uses the running ones. One forward pass of the DiT serves both: a
-    second walk back gives REPA's gradient alone, which goes on to the encoder.
-    """
+    The velocity loss never reaches the tokenizer: it would teach it easy latents that say little (REPA-E, section 3).
+    BatchNorm normalises the latents, with gradients through the batch's statistics, so that scaling them gains nothing;
+    sampling uses the running ones. One forward pass of the DiT serves both: a second walk back gives REPA's gradient
+    alone, for the encoder."""
 
     def __init__(self, tok_cfg, tokenizer, world, vfm, cfg, entries, resumed):
-        """entries: of a diffusion checkpoint, of joint training if `resumed`."""
-        super().__init__(tok_cfg, tokenizer, world, vfm, length_scale=0.0)  # schedules in images are over
+        """entries: a diffusion checkpoint's, of joint training if `resumed`."""
+        super().__init__(tok_cfg, tokenizer, world, vfm, length_scale=0.0)  # schedules are over
         self.joint_cfg = cfg
         self.dit_cfg = dit_cfg = DiffusionConfig(**dict(entries["config"], seed=cfg.seed, compile=False, fsdp=False))
         self.dit_arch = entries["arch"]
         self.dit_vfm = None
         if dit_cfg.align == "none" and cfg.side != "none":
             dit_cfg.align = "repa"
-        if dit_cfg.align != "none":  # a projection is added where there was none
+        if dit_cfg.align != "none":  # maybe a new head
             self.dit_vfm = load_vfm(dit_cfg.align_vfm, cfg.cache).to(world.device)
-            self.dit_arch = dict(self.dit_arch, z_dim=self.dit_vfm.embed_dim, projector_dim=dit_cfg.projector_dim,
-                                 encoder_depth=dit_cfg.encoder_depth)
+            self.dit_arch = dict(
+                self.dit_arch, z_dim=self.dit_vfm.embed_dim, projector_dim=dit_cfg.projector_dim,
+                encoder_depth=dit_cfg.encoder_depth)
         single = dataclasses.replace(world, size=1)  # `step` averages gradients
         saved = entries if resumed else None
         self.dit, _, self.dit_ema, self.dit_optimizer = build(dit_cfg, single, self.dit_arch, saved)
@@ -367,9 +366,9 @@ class JointTrainer(Trainer):
             self.dit_ema.load_state_dict(dict(self.dit.state_dict(), **entries["ema"]))
             self.statistics.running_mean.copy_(entries["latent_mean"])
             self.statistics.running_var.copy_(entries["latent_std"].square())
-        self.heads = list(self.dit.projectors.parameters())
+        self.heads = [*self.dit.projectors.parameters()]
         self.body = [p for name, p in self.dit.named_parameters() if not name.startswith("projectors.")]
-        if cfg.compile:  # a block each: those before the projection are walked back twice
+        if cfg.compile:  # a block each: some are walked back twice
             for block in self.dit.blocks:
                 block.compile(fullgraph=True, dynamic=False)
 
@@ -379,7 +378,7 @@ class JointTrainer(Trainer):
         cfg = self.dit_cfg
         side = self.joint_cfg.side
         shrunk = z.shape[-1] != dit.input_size
-        if shrunk:  # by the equivariance regularisation: the DiT takes the whole images' latents
+        if shrunk:  # by equivariance regularisation: the DiT takes whole images
             with torch.no_grad(), self.world.autocast():
                 mean, logvar = self.tokenizer.encode(whole)
             z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # [B, C, h, w]
@@ -409,53 +408,53 @@ class JointTrainer(Trainer):
             torch.autograd.backward(share * cfg.repa_weight * losses["repa"], inputs=self.heads, retain_graph=True)
         torch.autograd.backward(share * loss, inputs=inputs, retain_graph=leaf.requires_grad)
         if leaf.requires_grad:
-            scale = images[0].numel() if self.stage.summed else 1  # LDM's losses are sums over pixels
+            scale = images[0].numel() if self.stage.summed else 1  # LDM's losses: sums over pixels
             grad, = torch.autograd.grad(self.joint_cfg.tokenizer_weight * scale * losses["repa"], leaf)
-            fixed = fixed + (z * grad).sum()  # whose gradient that is
+            fixed = fixed + (z * grad).sum()  # with that gradient
         return {**values, **losses}, fixed, vf
 
     def step(self, batches, step, images_seen):
-        """The tokenizer's step, then the diffusion model's -> losses of the last micro-batch."""
+        """The tokenizer's step, then the diffusion model's -> the last micro-batch's losses."""
         losses = super().step(batches, step, images_seen)
         cfg = self.dit_cfg
-        parameters = self.body + self.heads
-        average_gradients(parameters, self.world)
+        params = self.body + self.heads
+        average_gradients(params, self.world)
         self.world.mean(self.statistics.running_mean)
         self.world.mean(self.statistics.running_var)
         self.dit_optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
-        losses["dit_grad_norm"] = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        losses["dit_grad_norm"] = nn.utils.clip_grad_norm_(params, cfg.clip)
         self.dit_optimizer.step()
-        self.dit_optimizer.zero_grad(set_to_none=True)
+        self.dit_optimizer.zero_grad()
         update_ema(self.dit_ema, self.dit, cfg.ema)
         return losses
 
 
 def train_jointly(cfg, paths, world):
-    """Trains the last path's diffusion model and its tokenizer, or goes on -> the model's paths before, after."""
+    """Trains the last path's diffusion model and its tokenizer, or goes on -> its paths before, after."""
     before = paths[-1]
     folder = Path(cfg.out) / f"joint-{cfg.side}"
     after = str(folder / "diffusion.pt")
-    resumed = os.path.exists(after)
-    source = after if resumed else before
+    again = os.path.exists(after)
+    source = after if again else before
     entries = load_checkpoint(source, "diffusion")
-    start = entries["step"] if resumed else 0
+    start = entries["step"] if again else 0
     settings = [before, cfg.seed, cfg.batch_size, cfg.tokenizer_weight]
-    if resumed and entries["settings"] != settings:
+    if again and entries["settings"] != settings:
         raise UserError(f"{folder} is another run's: give another --out")
 
-    # from the averaged weights: the diffusion model knows no other latents
+    # averaged weights: the diffusion model knows their latents
     saved = load_checkpoint(tokenizer_beside(source, entries), "tokenizer")
     ours = {key: getattr(cfg, key) for key in ("out", "cache", "seed", "batch_size", "accumulate", "compile")}
     tok_cfg = TokenizerConfig(**{**saved["config"], **ours})
-    tokenizer, vfm = build_tokenizer(tok_cfg)
-    tokenizer.load_state_dict(saved["model"] if resumed else {**saved["model"], **saved["ema"]})
-    tokenizer = tokenizer.to(world.device, memory_format=world.layout)
-    trainer = JointTrainer(tok_cfg, tokenizer, world, vfm and vfm.to(world.device), cfg, entries, resumed)
+    tok, vfm = build_tokenizer(tok_cfg)
+    tok.load_state_dict(saved["model"] if again else {**saved["model"], **saved["ema"]})
+    tok = tok.to(world.device, memory_format=world.layout)
+    trainer = JointTrainer(tok_cfg, tok, world, vfm and vfm.to(world.device), cfg, entries, again)
     stage = [stage for stage in stages_of(tok_cfg) if "adapter" in stage.trains][-1]
     seed_step(cfg.seed, -1)
     trainer.start_stage(stage)
-    trainer.load_state_dict(saved, same_stage=resumed)
-    # of the decoder alone: the diffusion model learns the latents of this very encoder
+    trainer.load_state_dict(saved, same_stage=again)
+    # the decoder's alone: the diffusion model learns this very encoder's latents
     averages = {name: value.to(world.device) for name, value in saved["ema"].items() if name.startswith("decoder.")}
 
     data = open_data(cfg, "train", tok_cfg.image_size, tok_cfg.crop, tok_cfg.flip)
@@ -471,7 +470,7 @@ def train_jointly(cfg, paths, world):
         losses = trainer.step(itertools.islice(loader, cfg.accumulate), step, step * batch)
         done = step + 1
         images += batch
-        average_weights(averages, tokenizer, images, batch, tok_cfg.ema_kimg)
+        average_weights(averages, tok, images, batch, tok_cfg.ema_kimg)
         log.bar.update()
         saving = done % cfg.save_interval == 0 or done == cfg.steps
         if done % cfg.log_interval == 0 or saving:
@@ -482,16 +481,18 @@ def train_jointly(cfg, paths, world):
         if not saving:
             continue
         state = full_state(trainer.dit, trainer.dit_ema, trainer.dit_optimizer)
-        if world.rank == 0:  # a pair is whole when diffusion.pt, which names its tokenizer, is renamed
+        if world.rank == 0:  # diffusion.pt, which names its tokenizer, comes last
             path = folder / f"tokenizer-{done:07d}.pt"
             shared = dict(classes=entries["classes"], image_size=tok_cfg.image_size, step=done)
-            save_checkpoint(path, kind="tokenizer", config=dataclasses.asdict(tok_cfg), arch=tokenizer.arch,
-                            ema=averages, stage=saved["stage"], images=images, **trainer.state_dict(), **shared)
-            statistics = trainer.statistics
-            save_checkpoint(after, kind="diffusion", config=dataclasses.asdict(trainer.dit_cfg), arch=trainer.dit_arch,
-                            latent_mean=statistics.running_mean.cpu(), statistics=statistics.state_dict(),
-                            latent_std=(statistics.running_var + statistics.eps).sqrt().cpu(), tokenizer=str(path),
-                            images=done * batch, latents="", settings=settings, **state, **shared)
+            save_checkpoint(
+                path, kind="tokenizer", config=dataclasses.asdict(tok_cfg), arch=tok.arch, ema=averages,
+                stage=saved["stage"], images=images, **trainer.state_dict(), **shared)
+            norm = trainer.statistics
+            save_checkpoint(
+                after, kind="diffusion", config=dataclasses.asdict(trainer.dit_cfg), arch=trainer.dit_arch,
+                latent_mean=norm.running_mean.cpu(), statistics=norm.state_dict(),
+                latent_std=(norm.running_var + norm.eps).sqrt().cpu(), tokenizer=str(path),
+                images=done * batch, latents="", settings=settings, **state, **shared)
             for earlier in set(folder.glob("tokenizer-*.pt")) - {path}:
                 earlier.unlink()
         world.barrier()
@@ -502,7 +503,7 @@ def train_jointly(cfg, paths, world):
 # -----------------------------------------------------------------------------
 # The study (which tokenizers diffuse well, at equal budgets?) and the sweep
 
-# Nothing but encoder, stages and losses differs: see STAGES["study"]. A blind VFM was never told the classes.
+# Encoder, stages and losses alone differ: see STAGES["study"]. A blind VFM never saw classes.
 METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
 for name in ("vavae", "vfmvae", "aligntok"):
     METHODS[name] = dict(method=name)
@@ -512,7 +513,7 @@ OUTCOMES = ("gFD", "gFD to reconstructions", "accuracy")
 
 
 class Jury:
-    """Held-out shapes, the toy's classifier, and what it makes of them."""
+    """Held-out shapes and the toy's classifier."""
 
     def __init__(self, n, cache, world, size=32):
         self.world = world
@@ -523,7 +524,7 @@ class Jury:
         self.real = judge(self.images, self.net, world, self.labels)
 
     def judge_samples(self, subject, dit, n, sampling, *references):
-        """-> `judge` on n samples, of all classes in turn, by Frechet distance to each of the references."""
+        """-> `judge` of n samples, of all classes in turn, by Frechet distance to each reference."""
         y = torch.arange(n) % dit.num_classes
         mean, std = (dit.about[key] for key in ("latent_mean", "latent_std"))
         images = []
@@ -534,7 +535,7 @@ class Jury:
 
 
 def study_run(cfg, jury, vfms, method, seed, folder):
-    """Trains and judges a tokenizer and, for each alignment, a diffusion model on it -> result.json's entries."""
+    """Trains and judges a tokenizer and, by alignment, diffusion models on it -> result.json's entries."""
     started = time.time()
     world = jury.world
     shared = dict(preset="toy", seed=seed, cache=cfg.cache, compile=False)
@@ -544,12 +545,13 @@ def study_run(cfg, jury, vfms, method, seed, folder):
     path = str(folder / "tokenizer.pt")
     (subject,), _ = load_subjects([path], world)
     subject.name = method
-    reconstructed, values = judge_tokenizer(subject.tokenizer, jury.images, jury.net, world, dict(psnr=psnr),
-                                            labels=jury.labels, reference=jury.real["statistics"])
+    rebuilt, values = judge_tokenizer(
+        subject.tokenizer, jury.images, jury.net, world, dict(psnr=psnr), labels=jury.labels,
+        reference=jury.real["statistics"])
 
     points = {}
     sampling = Sampling(seed=seed, solver="euler", num_steps=12)
-    for align in sorted(cfg.study_align.split(","), reverse=True):  # none last: it reads the others' cache
+    for align in sorted(cfg.study_align.split(","), reverse=True):  # none last: it reads their cache
         train_diffusion(DiffusionConfig(**dict(
             DIFFUSION_PRESETS["toy"], **shared, align=align, align_vfm=subject.vfm, steps=cfg.study_steps, ema=0.99,
             keep=True, save_interval=math.gcd(*cfg.study_points), sample_interval=0, tokenizer=path,
@@ -557,24 +559,24 @@ def study_run(cfg, jury, vfms, method, seed, folder):
         points[align] = []
         for step in cfg.study_points:
             dit = load_diffusion(folder / align / f"diffusion-{step}.pt").to(world.device)
-            real, inner = jury.judge_samples(subject, dit, cfg.study_samples, sampling, jury.real, reconstructed)
-            points[align].append({"step": step, "gFD": real["fd"], "accuracy": real["agreement"],
-                                  "gFD to reconstructions": inner["fd"]})
+            real, inner = jury.judge_samples(subject, dit, cfg.study_samples, sampling, jury.real, rebuilt)
+            points[align].append({
+                "step": step, "gFD": real["fd"], "accuracy": real["agreement"], "gFD to reconstructions": inner["fd"]})
         subject.networks[align] = dit
 
     rows, scales = alignment([subject], vfms, jury.data, np.arange(len(jury.images)), cfg, world)
     latents = {row["vfm"]: row for row in rows if row["part"] == "latents"}
     own = latents[subject.vfm]
-    return {"method": method, "seed": seed, "seconds": time.time() - started, "judge": jury.real["agreement"],
-            "PSNR": values["psnr"], "rFD": reconstructed["fd"], "rAccuracy": reconstructed["agreement"],
-            "CKNNA": own["clean"], "SE-CKNNA": own["SE-CKNNA"], "probe": own["probe"], "points": points,
-            **{f"SE-CKNNA to {vfm}": row["SE-CKNNA"] for vfm, row in latents.items()}, "alignment": rows,
-            "scales": scales}
+    return {
+        "method": method, "seed": seed, "seconds": time.time() - started, "judge": jury.real["agreement"],
+        "PSNR": values["psnr"], "rFD": rebuilt["fd"], "rAccuracy": rebuilt["agreement"],
+        "CKNNA": own["clean"], "SE-CKNNA": own["SE-CKNNA"], "probe": own["probe"], "points": points,
+        **{f"SE-CKNNA to {vfm}": row["SE-CKNNA"] for vfm, row in latents.items()}, "alignment": rows, "scales": scales}
 
 
 def study(cfg):
-    """The runs that OUT/study lacks, every size-th of them for this process of torchrun's, then the report. Processes
-    share files only and may be more than GPUs."""
+    """The runs that OUT/study lacks, every size-th for this process of torchrun's, then the report. Processes share
+    only files and may outnumber GPUs."""
     rank = int(os.environ.pop("RANK", 0))
     size = int(os.environ.pop("WORLD_SIZE", 1))
     os.environ["LOCAL_RANK"] = str(rank % max(1, torch.cuda.device_count()))
@@ -585,14 +587,14 @@ def study(cfg):
         raise UserError(f"no {min(unknown)}: methods are {', '.join(METHODS)}, alignments none, repa, reg")
     if max(cfg.study_points) > cfg.study_steps:
         raise UserError("--study_points must not exceed --study_steps")
-    with alone(f"{cfg.cache}/study"):  # what is missing is trained once
+    with alone(f"{cfg.cache}/study"):  # trains what is missing once
         vfms = {name: load_vfm(name, cfg.cache).to(world.device) for name in ("toy", "toy-blind")}
         jury = Jury(cfg.study_samples, cfg.cache, world)
 
     settings = dict(study_points=list(cfg.study_points))
     for key in ("seed", "k", "study_align", "study_kimg", "study_steps", "study_samples"):
         settings[key] = getattr(cfg, key)
-    # runs that differ in these do not go into one table
+    # equal in all of a table's runs
     stamp = dict(settings=settings, networks=fingerprint(*vfms.values(), jury.net))
     folder = Path(cfg.out) / "study"
     runs = []
@@ -600,7 +602,7 @@ def study(cfg):
         path = folder / f"{method}-{seed}" / "result.json"
         before = read_json(path)
         if before and {**before, **stamp} != before:
-            raise UserError(f"{path} is of other settings, VFMs or classifier: give another --out")
+            raise UserError(f"{path} is of other settings, VFMs or classifier: another --out")
         runs.append((method, seed, path))
     for method, seed, path in runs[rank::size]:
         if path.exists():
@@ -621,7 +623,7 @@ def spread(values):
 
 
 def study_report(cfg, folder, paths):
-    """Writes table.md, results.json and study.png -> the table's text."""
+    """Writes table.md, results.json, study.png -> the table."""
     results = [read_json(path) for path in paths]
     methods = defaultdict(list)  # their results
     for result in results:
@@ -636,7 +638,7 @@ def study_report(cfg, folder, paths):
     aligns = cfg.study_align.split(",")
     panels = {}
     outcomes = []
-    correlations = []
+    rhos = []
     spearman = defaultdict(dict)
     for outcome, align in itertools.product(OUTCOMES, aligns):
         series = panels[f"{outcome} by diffusion steps, alignment: {align}"] = {}
@@ -649,7 +651,7 @@ def study_report(cfg, folder, paths):
             ranks = rankdata(np.column_stack([final, means]), axis=0)
             rho = np.corrcoef(ranks, rowvar=False)[0, 1:].tolist()
             spearman[align][outcome] = dict(zip(QUALITIES, rho))
-            correlations.append([outcome, align, *(f"{value:+.2f}" for value in rho)])
+            rhos.append([outcome, align, *(f"{value:+.2f}" for value in rho)])
 
     real = np.mean([result["judge"] for result in results])
     steps = [f"at {step:,}" for step in cfg.study_points]
@@ -660,11 +662,11 @@ how many images it takes for their class (real ones: {real:.1%}). CKNNA, REPA: t
 
 {markdown(["tokenizer", *QUALITIES], qualities)}
 {markdown(["outcome", "alignment", "tokenizer", *steps], outcomes)}"""
-    if correlations:
+    if rhos:
         text += f"""
 Spearman's rank correlation of the tokenizers' means with the final outcome. Of gFD and rFD less is better.
 
-{markdown(["outcome", "alignment", *QUALITIES], correlations)}"""
+{markdown(["outcome", "alignment", *QUALITIES], rhos)}"""
     write_text(folder / "table.md", text)
     write_json(folder / "results.json", dict(runs=results, spearman=spearman))
     chart(folder / "study.png", panels, columns=len(aligns))
@@ -672,11 +674,11 @@ Spearman's rank correlation of the tokenizers' means with the final outcome. Of 
 
 
 def sweep(cfg, world):
-    """Judges samples of OUT/diffusion.pt by solver and times at guidance 3, then by guidance -> OUT/sweep.md, .json."""
+    """Judges samples of OUT/diffusion.pt by solver and times, then by guidance -> OUT/sweep.md, .json."""
     (subject,), _ = load_subjects([f"{cfg.out}/diffusion.pt"], world)
     dit, = subject.networks.values()
     if dit.about["config"]["data"] != "shapes":
-        raise UserError("--sweep needs a model that was trained on the shapes")
+        raise UserError("--sweep needs a model trained on the shapes")
     jury = Jury(5_000, cfg.cache, world, dit.about["image_size"])
     cells = [(solver, steps, 3.0) for solver in ("euler", "heun", "ab2") for steps in cfg.sweep_steps]
     cells += [("ab2", 20, scale) for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
@@ -685,8 +687,9 @@ def sweep(cfg, world):
         sampling = Sampling(seed=cfg.seed, solver=solver, num_steps=steps, cfg_scale=scale)
         judged, = jury.judge_samples(subject, dit, cfg.sweep_samples, sampling, jury.real)
         evaluations = (steps - 1) * (2 if solver == "heun" else 1)
-        rows.append(dict(solver=solver, num_steps=steps, evaluations=evaluations, cfg_scale=scale, fd=judged["fd"],
-                         accuracy=judged["agreement"]))
+        rows.append(dict(
+            solver=solver, num_steps=steps, evaluations=evaluations, cfg_scale=scale, fd=judged["fd"],
+            accuracy=judged["agreement"]))
     lines = [[solver, *(f"{value:.4g}" for value in values)] for solver, *values in map(dict.values, rows)]
     text = markdown(list(rows[0]), lines)
     write_json(f"{cfg.out}/sweep.json", rows)
@@ -701,7 +704,7 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 
 
 def chart(path, panels, columns=2):
-    """Line charts as one PNG with a common legend; panels: {title: {name: (xs, ys, spreads)}}."""
+    """Line charts with one legend, a PNG; panels: {title: {name: (xs, ys, spreads)}}."""
     width, height = 1120, 720  # of a panel
     names = dict.fromkeys(itertools.chain(*panels.values()))
     colours = dict(zip(names, itertools.cycle(COLOURS)))
@@ -740,12 +743,12 @@ def chart(path, panels, columns=2):
         draw.line([60, y, 108, y], colour, 6)
         draw.text((120, y), name, "black", anchor="lm")
     with replacing(path) as temporary:
-        canvas.reduce(2).save(temporary, "PNG")  # which antialiases the lines
+        canvas.reduce(2).save(temporary, "PNG")  # antialiased
 
 
 def run():
     flags = []
-    paths = []  # what is neither a --key nor follows one without = is a checkpoint
+    paths = []  # neither a --key nor after one without =
     key = False
     for item in sys.argv[1:]:
         (flags if item.startswith("-") or key else paths).append(item)

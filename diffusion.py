@@ -1,24 +1,24 @@
 """
 The diffusion transformer, flow matching, and training on cached latents.
 
-    python diffusion.py  # toy, on latents of out/tokenizer.pt; minutes
-    python diffusion.py --align=reg --arch=sit  # with REG's class token and REPA (VFM-VAE's dual alignment)
+    python diffusion.py  # toy, on out/tokenizer.pt; minutes
+    python diffusion.py --align=reg --arch=sit  # REG, REPA (VFM-VAE's dual alignment)
     python diffusion.py --preset=imagenet  # LightningDiT-XL/1, 80 epochs; --preset=reg: SiT-XL/1 with REG
-    torchrun --nproc_per_node=8 diffusion.py  # --fsdp=1 shards what one GPU cannot hold
+    torchrun --nproc_per_node=8 diffusion.py  # --fsdp=1: shards
 
 The data's way at ImageNet's 256 px:
 
     image [3, 256, 256] and its mirror image
       |  cache_latents: tokenizer.encode, once
     latents [32, 16, 16] on disk
-      |  Latents: either of the two; normalised; flow_losses: x_t = t data + (1 - t) noise, v = data - noise
+      |  Latents: one of the two, normalised; flow_losses: x_t = t data + (1 - t) noise, v = data - noise
     256 tokens [1152] (REG: and the VFM's class token)
       |  DiT; guided, ode, sde: dx/dt = v from noise (t = 0) to data (t = 1)
     latents [32, 16, 16]
       |  generate: normalisation undone, tokenizer.decode
     image [3, 256, 256]
 
-LightningDiT is arXiv 2501.01423, SiT 2401.08740, REPA 2410.06940, REG 2507.01467, DiT 2212.09748; guidance 2207.12598,
+LightningDiT: arXiv 2501.01423, SiT 2401.08740, REPA 2410.06940, REG 2507.01467, DiT 2212.09748; guidance 2207.12598,
 its interval 2404.07724, autoguidance 2406.02507.
 """
 import copy
@@ -52,42 +52,42 @@ from tokenizer import (
 
 @dataclass
 class Config:
-    preset: str = ""  # imagenet (where there is CUDA and data/imagenet/train), reg, or toy
-    out: str = "out"  # folder of checkpoints, log, grids
-    cache: str = "out"  # the toy's drawings and VFM, shared by all runs
-    resume: bool = True  # go on from OUT/diffusion.pt
+    preset: str = ""  # imagenet (given CUDA and data/imagenet/train), reg or toy
+    out: str = "out"  # checkpoints, log, grids
+    cache: str = "out"  # the toy's drawings and VFM
+    resume: bool = True  # from OUT/diffusion.pt
     seed: int = 0  # of weights, batches, noise
     # data and its latents
-    tokenizer: str = ""  # checkpoint, ours or official; empty: OUT/tokenizer.pt
-    data: str = "data/imagenet"  # class folders (maybe under train/ and val/), shapes, CIFAR10, ...
+    tokenizer: str = ""  # ours or official; empty: OUT/tokenizer.pt
+    data: str = "data/imagenet"  # class folders (maybe in train/, val/), shapes, CIFAR10, ...
     data_dir: str = "data"  # of torchvision's data sets
-    download: bool = False  # them, if need be
+    download: bool = False  # if need be
     image_size: int = 0  # pixels; 0: the tokenizer's
-    latents: str = ""  # folder of their cache; empty: OUT/latents
+    latents: str = ""  # their cache; empty: OUT/latents
     cache_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    cache_features: bool = True  # with --align: cache the VFM's tokens, too, or run it at every step
-    encode_batch: Positive = 64  # images, with their mirror images
+    cache_features: bool = True  # with --align: cache the VFM's tokens, or run it each step
+    encode_batch: Positive = 64  # images, and their mirrors
     val_images: Positive = 4_096  # of the validation loss
-    workers: int = 8  # data loading processes
+    workers: int = 8  # loader processes
     # model
     model: Literal["toy", "B", "L", "XL", "1.0B", "1.6B"] = "XL"
     depth: int = 0  # 0: the model's
     hidden_size: int = 0  # likewise
     num_heads: int = 0  # likewise
-    patch_size: Positive = 1  # side of a token in latent positions
+    patch_size: Positive = 1  # latents a token's side
     arch: Literal["lightningdit", "sit"] = "lightningdit"  # RMSNorm, SwiGLU, RoPE; or LayerNorm, GELU
     qk_norm: bool = False  # of queries and keys: for long runs
     # objective
     times: Literal["lognormal", "uniform"] = "lognormal"  # logit-normal(0, 1)
-    uniform_from: int = 0  # step from which they are uniform (0: never); LightningDiT: 600000 of 700,000
+    uniform_from: int = 0  # uniform from this step (0: never); LightningDiT: 600000 of 700,000
     cosine_weight: float = 1.0  # of 1 - cosine(v, target)
-    class_dropout: float = 0.1  # share of labels that become the null class
+    class_dropout: float = 0.1  # share of labels made null
     align: Literal["none", "repa", "reg"] = "none"  # reg: REPA and a class token
     align_vfm: str = "dinov2_vitb14"  # that VFM
-    encoder_depth: Positive = 8  # block, from 1, whose tokens are projected
+    encoder_depth: Positive = 8  # block, from 1, projected
     projector_dim: Positive = 2_048  # width of its head
-    repa_weight: float = 0.5  # of REPA's negative cosine similarity
-    cls_weight: float = 0.03  # of the class token's velocity error
+    repa_weight: float = 0.5  # of REPA's term
+    cls_weight: float = 0.03  # of REG's term
     # optimisation
     steps: Positive = 100_000  # of batch_size images: 80 epochs
     batch_size: Positive = 1_024  # images a step, of all processes
@@ -95,20 +95,20 @@ class Config:
     lr: float = 2e-4  # of AdamW, without weight decay
     beta2: float = 0.95  # of its second moments
     warmup: int = 0  # steps of linear warm-up
-    cooldown: float = 0.0  # share of the steps, the last, in which it falls linearly to 0 (ours)
+    cooldown: float = 0.0  # last share of the steps: linear fall to 0 (ours)
     clip: float = 1.0  # gradient norm
     ema: float = 0.9999  # decay a step
     # machine
-    compile: bool = torch.cuda.is_available()  # torch.compile the model
-    checkpointing: bool = False  # recompute blocks in the backward pass
+    compile: bool = torch.cuda.is_available()  # the model
+    checkpointing: bool = False  # recompute blocks backward
     fsdp: bool = False  # shard all of it (FSDP2)
-    bench: int = 0  # only time so many training steps on random latents
+    bench: int = 0  # time so many steps on random latents
     # intervals, in steps
     log_interval: Positive = 100  # of the log
-    val_interval: int = 5_000  # of validation losses (0: at the end alone)
+    val_interval: int = 5_000  # of validation (0: at the end)
     sample_interval: int = 5_000  # of grids of samples (0: none)
-    save_interval: int = 5_000  # of checkpoints (0: at the end alone)
-    keep: bool = False  # each checkpoint as diffusion-STEP.pt, too
+    save_interval: int = 5_000  # of checkpoints (0: at the end)
+    keep: bool = False  # each as diffusion-STEP.pt, too
 
 
 PRESETS = dict(
@@ -117,7 +117,7 @@ PRESETS = dict(
         data="shapes", model="toy", align_vfm="toy", encoder_depth=2, projector_dim=256, steps=3_000, batch_size=64,
         lr=2e-3, warmup=100, cooldown=0.5, ema=0.995, encode_batch=100, val_images=2_000, workers=0, log_interval=50,
         val_interval=500, sample_interval=500, save_interval=500),
-    reg=dict(  # ImageNet's features are a terabyte
+    reg=dict(  # features: a terabyte
         arch="sit", qk_norm=True, times="uniform", cosine_weight=0.0, align="reg", cache_features=False))
 
 SIZES = {  # depth, width, heads
@@ -125,10 +125,10 @@ SIZES = {  # depth, width, heads
     "1.6B": (28, 1792, 28)}
 
 # -----------------------------------------------------------------------------
-# The transformer. Parameters have the names of LightningDiT's and REG's public checkpoints
+# The transformer. Parameters are named as in LightningDiT's and REG's checkpoints
 
 class RMSNorm(nn.RMSNorm):
-    """In float32, as autocast does for LayerNorm."""
+    """In float32, as autocast's LayerNorm."""
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
@@ -139,8 +139,8 @@ def modulate(x, shift, scale):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x [B, N, heads, d]: neighbouring channels (a, b) turn by angles [N, 1, d / 2]. The result has
-    all a before all b, which the products of queries and keys do not see."""
+    """Rotary embedding of x [B, N, heads, d]: channels (a, b) turn by angles [N, 1, d / 2]. The result has all a before
+    all b, which q k^T does not see."""
     a = x[..., 0::2]
     b = x[..., 1::2]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -156,7 +156,7 @@ class DiTAttention(nn.Module):
         self.k_norm = norm(dim // num_heads)
 
     def forward(self, x, rope):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each [B, N, heads, d]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, heads, d]
         q = self.q_norm(q)
         k = self.k_norm(k)
         if rope is not None:
@@ -175,7 +175,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        a, b = self.w12(x).chunk(2, -1)  # each [B, N, hidden]
+        a, b = self.w12(x).chunk(2, -1)  # [B, N, hidden]
         return self.w3(F.silu(a) * b)  # [B, N, D]
 
 
@@ -189,7 +189,7 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c, rope):  # [B, N, D], [B, D]
-        # float32: bf16 would round 1 + scale to 1/128
+        # bf16 would round 1 + scale to 1/128
         modulation = self.adaLN_modulation(c).float()[:, None]  # [B, 1, 6 D]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope)
@@ -219,7 +219,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c):  # [B, (1 +) N, D], [B, D]
-        shift, scale = self.adaLN_modulation(c).float()[:, None].chunk(2, -1)  # each [B, 1, D]
+        shift, scale = self.adaLN_modulation(c).float()[:, None].chunk(2, -1)  # [B, 1, D]
         x = modulate(self.norm_final(x), shift, scale)
         if self.linear_cls is None:
             return self.linear(x), None  # [B, N, p p C]
@@ -227,22 +227,22 @@ class FinalLayer(nn.Module):
 
 
 def position_tables(grid, dim, head_dim):
-    """Sin-cos positions [grid, grid, dim] (half of the channels for the column, half for the row; sines, cosines) and
-    rotary angles [grid, grid, head_dim / 2] (half by row, half by column)."""
+    """Sin-cos positions [grid, grid, dim] (half by column, half by row; sines, cosines) and rotary angles
+    [grid, grid, head_dim / 2] (half by row, half by column)."""
     def angles(k):
         angle = torch.arange(grid, device="cpu")[:, None] / 10_000 ** (torch.arange(k, device="cpu").double() / k)
         return angle[:, None].expand(grid, grid, k), angle.expand(grid, grid, k)
 
-    y, x = angles(dim // 4)  # of the row, of the column
+    y, x = angles(dim // 4)
     positions = torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), -1)
     return positions.float(), torch.cat(angles(head_dim // 4), -1).float()
 
 
 class DiT(nn.Module):
-    """model(x, t, y) -> v: latents x [B, C, S, S] (or smaller: positions count from 0), times t [B] from 0 (noise) to 1
-    (data), classes y [B] (num_classes: the null class), velocity v = data - noise. cls [B, cls_dim]: REG's class token,
-    noised. With it (cls_dim > 0) or REPA's head (z_dim > 0): -> (v, v_cls [B, cls_dim] or None, projection
-    [B, (1 +) N, z_dim] or None). blocks=True: -> every block's tokens, a list of [B, (1 +) N, D]."""
+    """model(x, t, y) -> v: latents x [B, C, S, S] (or smaller), times t [B] from 0 (noise) to 1 (data), classes y [B]
+    (num_classes: null), velocity v = data - noise. cls [B, cls_dim]: REG's class token, noised. With it (cls_dim > 0)
+    or REPA's head (z_dim > 0): -> (v, v_cls [B, cls_dim] or None, projection [B, (1 +) N, z_dim] or None). blocks=True:
+    -> each block's tokens [B, (1 +) N, D]."""
 
     def __init__(
             self, input_size=16, in_channels=32, patch_size=1, hidden_size=1152, depth=28, num_heads=16,
@@ -289,7 +289,7 @@ class DiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """DiT's: Xavier, normal 0.02 for embeddings, zeros for adaLN and the output."""
+        """DiT's: Xavier, normal 0.02 for embeddings, zero adaLN and output."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
@@ -308,7 +308,7 @@ class DiT(nn.Module):
         w = x.shape[3] // p
         x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2)  # [B, N, D]
         x = x + self.pos_embed[:h, :w].flatten(0, 1)
-        if self.cls_dim:  # REG: the noised class token goes first; it has no position
+        if self.cls_dim:  # first, without a position
             token = self.wg_norm(self.cls_projectors2(cls))  # [B, D]
             x = torch.cat((token[:, None], x), 1)  # [B, 1 + N, D]
         rope = None
@@ -336,57 +336,56 @@ class DiT(nn.Module):
         return (v, v_cls, projection) if self.cls_dim or self.projectors else v
 
     def flops(self):
-        """Of the matrix products of one image's forward pass."""
+        """Of an image's forward pass, matrix products alone."""
         tokens = self.grid ** 2 + (self.cls_dim > 0)
-        products = 2 * len(self.blocks) * tokens ** 2 * self.pos_embed.shape[-1]  # of attention
+        products = 2 * len(self.blocks) * tokens ** 2 * self.pos_embed.shape[-1]  # attention
         for name, weight in self.named_parameters():
             if weight.ndim > 1 and "y_embedder" not in name:
-                once = re.search("t_embedder|adaLN|cls", name)  # the others work per token
+                once = re.search("t_embedder|adaLN|cls", name)  # the others per token
                 products += weight.numel() * (1 if once else tokens)
         return 2 * products
 
 
 # -----------------------------------------------------------------------------
-# The flow: its objective, and the way back from noise to data
+# The flow: objective and solvers
 
 def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
-    """The terms of the objective at x_t = t latents + (1 - t) noise, each [B], unweighted. latents [B, C, S, S]:
-    normalised; labels: after dropout.
+    """The objective's terms [B] at x_t = t latents + (1 - t) noise, unweighted. latents [B, C, S, S]: normalised;
+    labels: after dropout.
 
-    velocity: squared error; cosine: 1 - cos over channels (LightningDiT); repa: negative cosine similarity of the
-    projection and the VFM's `tokens` [B, (1 +) N, D] of the clean images (REPA eq. 8); cls: velocity error of the class
-    token tokens[:, 0], noised with `cls_noise` [B, D] (REG)."""
+    velocity: squared error; cosine: 1 - cos over channels (LightningDiT); repa: - cos(projection, the
+    VFM's `tokens` [B, (1 +) N, D] of the clean images) (REPA eq. 8); cls: velocity error of the class token
+    tokens[:, 0], noised with `cls_noise` [B, D] (REG)."""
     x = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))  # [B, C, S, S]
     target = latents - noise
     if cls_noise is None:
         out = model(x, t, labels)
     else:
         out = model(x, t, labels, torch.lerp(cls_noise, tokens[:, 0], t[:, None]))
-    v, v_cls, projection = out if isinstance(out, tuple) else (out, None, None)
+    v, v_cls, z = out if isinstance(out, tuple) else (out, None, None)
     v = v.float()
     losses = dict(
         velocity=(v - target).square().mean((1, 2, 3)),
         cosine=1 - F.cosine_similarity(v, target, dim=1).mean((1, 2)))
     if v_cls is not None:
         losses["cls"] = (v_cls.float() - (tokens[:, 0] - cls_noise)).square().mean(1)
-    if projection is not None:
-        clean = tokens[:, -projection.shape[1]:]  # without a class token where the model has none
-        losses["repa"] = -F.cosine_similarity(projection.float(), clean, dim=-1).mean(1)
+    if z is not None:
+        clean = tokens[:, -z.shape[1]:]  # with the model's class token only
+        losses["repa"] = -F.cosine_similarity(z.float(), clean, dim=-1).mean(1)
     return losses
 
 
 def draw_times(n, step, cfg, device):
-    """[n], logit-normal(0, 1), as in Stable Diffusion 3, or uniform."""
+    """[n], logit-normal(0, 1), as Stable Diffusion 3's, or uniform."""
     if cfg.times == "uniform" or 0 < cfg.uniform_from <= step:
         return torch.rand(n, device=device)
     return torch.randn(n, device=device).sigmoid()
 
 
 def guided(model, state, t, y, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=0, cls_cfg_scale=0.0, guide=None):
-    """Velocities of state = [x] or [x, REG's class token] at one time t: other + scale (conditional - other) where
-    low <= t <= high of cfg_interval, else the conditional ones. The other: the null class's, in the same batch, or the
-    weaker model `guide`'s (autoguidance). cfg_channels: only the first so many (0: all); cls_cfg_scale: of the class
-    token (0: none)."""
+    """Velocities of state = [x] or [x, REG's class token] at time t: other + scale (conditional - other) in
+    cfg_interval, else conditional. The other: the null class's, in the same batch, or the weaker model `guide`'s
+    (autoguidance). cfg_channels: the first so many (0: all); cls_cfg_scale: of the class token (0: none)."""
     def evaluate(net, state, y):
         x, *cls = (s.float() for s in state)
         out = net(x, torch.full((len(y),), t, device=y.device), y, *cls)
@@ -398,11 +397,11 @@ def guided(model, state, t, y, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_chann
     if guide is None:
         null = torch.full_like(y, model.num_classes)
         both = evaluate(model, [torch.cat((s, s)) for s in state], torch.cat((y, null)))
-        conditional, other = zip(*(v.chunk(2) for v in both))
+        own, other = zip(*(v.chunk(2) for v in both))
     else:
-        conditional = evaluate(model, state, y)
+        own = evaluate(model, state, y)
         other = evaluate(guide, state, y)
-    v, *v_cls = conditional  # [B, C, S, S], and [B, cls_dim] if there is a class token
+    v, *v_cls = own  # [B, C, S, S], maybe [B, cls_dim]
     v = v.clone()
     k = cfg_channels or v.shape[1]
     v[:, :k] = torch.lerp(other[0][:, :k], v[:, :k], cfg_scale)
@@ -413,16 +412,16 @@ def guided(model, state, t, y, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_chann
 
 def ode(model, noise, y, num_steps=250, timestep_shift=0.0, cls_noise=None, solver="euler", **guidance):
     """Latents [B, C, S, S] of classes y [B] from noise along dx/dt = v(x, t, y), t at linspace(0, 1, num_steps), mapped
-    t -> s t / (1 + (s - 1) t) if s = timestep_shift > 0; REG's class token from cls_noise [B, D] alongside. solver:
-    "euler", "heun" (two evaluations a step), "ab2" (Adams-Bashforth). guidance: of `guided`, at the mapped times."""
+    t -> s t / (1 + (s - 1) t) if s = timestep_shift > 0; REG's class token from cls_noise [B, D]. solver: "euler",
+    "heun" (two evaluations a step), "ab2" (Adams-Bashforth). guidance: of `guided`."""
     if num_steps < 2 or solver not in ("euler", "heun", "ab2"):
-        raise UserError(f"solver={solver}, num_steps={num_steps}: there are euler, heun and ab2, from 2 times")
+        raise UserError(f"{solver=}, {num_steps=}: there are euler, heun and ab2, from 2 times")
     times = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     if timestep_shift > 0:
         times = timestep_shift * times / (1 + (timestep_shift - 1) * times)
     times = times.tolist()
     state = [s for s in (noise, cls_noise) if s is not None]
-    before = None  # the last step's velocities and length
+    before = None  # the last step's
     h_before = None
     for t, after in zip(times, times[1:]):
         h = after - t
@@ -440,14 +439,14 @@ def ode(model, noise, y, num_steps=250, timestep_shift=0.0, cls_noise=None, solv
 
 
 def velocity_to_score(v, x, t):
-    """At x_t: minus the expected noise, x - t v, over 1 - t (SiT, appendix A)."""
+    """-E[noise] / (1 - t) at x_t, the noise being x - t v (SiT, appendix A)."""
     return (t * v - x) / (1 - t)
 
 
 def sde(model, noise, y, num_steps=250, cls_noise=None, generator=None, **guidance):
-    """REG's Euler-Maruyama: latents, as by `ode`, along dx = (v + (1 - t) score) dt + sqrt(2 (1 - t)) dW, at times
-    linspace(0, 0.96, num_steps) and then 1, in float64; noise follows all evaluations but the last. `generator`: a
-    torch.Generator, or a callable that gives noise like its argument."""
+    """REG's Euler-Maruyama: latents, as by `ode`, along dx = (v + (1 - t) score) dt + sqrt(2 (1 - t)) dW, t at
+    linspace(0, 0.96, num_steps), then 1, in float64; noise after all evaluations but the last. `generator`: a
+    torch.Generator, or a callable: tensor -> noise like it."""
     def draw(like):
         if callable(generator):
             return generator(like)
@@ -457,7 +456,7 @@ def sde(model, noise, y, num_steps=250, cls_noise=None, generator=None, **guidan
     times = torch.linspace(0, 0.96, num_steps, dtype=torch.float64).tolist() + [1.0]
     for t, after in zip(times, times[1:]):
         h = after - t
-        # guiding velocities guides drifts, which are affine in them
+        # drifts are affine in velocities: guided, too
         v = guided(model, state, t, y, **guidance)
         state = [x + h * (d + (1 - t) * velocity_to_score(d, x, t)) for x, d in zip(state, v)]
         if after < 1:
@@ -466,7 +465,7 @@ def sde(model, noise, y, num_steps=250, cls_noise=None, generator=None, **guidan
 
 
 class ImageNoise:
-    """Gaussian noise of (seed, image index) alone. Called with a tensor [B, ...]: each image's next, like it."""
+    """Gaussian noise of (seed, image index) alone: called with a tensor [B, ...], each image's next."""
 
     def __init__(self, seed, indices):
         self.generators = []
@@ -481,7 +480,7 @@ class ImageNoise:
 
 @dataclass
 class Sampling:
-    """What `generate` reads of a Config."""
+    """What `generate` reads."""
     seed: int = 0
     solver: str = "euler"
     num_steps: int = 250
@@ -494,8 +493,8 @@ class Sampling:
 
 @torch.no_grad()
 def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, rows=16):
-    """Images [B, 3, H, W] in [-1, 1] of classes y [B], by the latents' mean, std [C]. Image i depends on (cfg.seed,
-    indices[i]) and its class, not its batch: at least `rows` are computed, as BLAS rounds otherwise for a handful."""
+    """Images [B, 3, H, W] in [-1, 1] of classes y [B], by the latents' mean, std [C]. Image i is a function of
+    (cfg.seed, indices[i], class), not of its batch: `rows` at least are computed, as BLAS rounds otherwise for few."""
     device = world.device
     some = np.arange(max(rows, len(y))) % len(y)
     noise = ImageNoise(cfg.seed, np.asarray(indices)[some])
@@ -517,11 +516,11 @@ def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, ro
 # Checkpoints, ours and official
 
 def turn_round(weights):
-    """REPA and REG learn v = noise - data, time from data to noise. Our direction is an exact change of weights: the
-    outputs' signs, and in the time embedding cos((1-t)f) = cos(f) cos(tf) + sin(f) sin(tf), likewise the sine."""
+    """REPA and REG learn v = noise - data from data (0) to noise (1). Ours is an exact change of weights: the outputs'
+    signs, and in the time embedding cos((1-t)f) = cos(f) cos(tf) + sin(f) sin(tf), likewise the sine."""
     cos = FREQUENCIES.cos()
     sin = FREQUENCIES.sin()
-    a, b = weights["t_embedder.mlp.0.weight"].double().chunk(2, 1)  # of the cosines, of the sines
+    a, b = weights["t_embedder.mlp.0.weight"].double().chunk(2, 1)  # cosines, sines
     turned = {**weights, "t_embedder.mlp.0.weight": torch.cat((a * cos + b * sin, a * sin - b * cos), 1).to(a)}
     for key, value in weights.items():
         if key.startswith("final_layer.linear"):
@@ -530,7 +529,7 @@ def turn_round(weights):
 
 
 def official_arch(weights):
-    """The DiT arguments that an official state dict shows; heads, without QK norm, are the published models'."""
+    """DiT arguments of an official state dict; heads, without QK norm, are the published models'."""
     shape = {key: tuple(value.shape) for key, value in weights.items()}
     D, channels, p, _ = shape["x_embedder.proj.weight"]
     sit = "blocks.0.mlp.fc1.weight" in shape
@@ -545,15 +544,15 @@ def official_arch(weights):
     if arch["qk_norm"]:
         arch["num_heads"] = D // shape["blocks.0.attn.q_norm.weight"][0]
     if "pos_embed" in shape:
-        arch["input_size"] = p * math.isqrt(shape["pos_embed"][1])  # a class token adds one to the square
+        arch["input_size"] = p * math.isqrt(shape["pos_embed"][1])  # floor: maybe a class token
     return arch
 
 
 def load_diffusion(path, **overrides):
-    """A DiT with the EMA weights, in eval mode on the CPU, of our checkpoint or an official LightningDiT, REPA or REG
-    file ({"ema": ...}, {"model": ...} or a bare state dict), in our time. `overrides`: what an official file does not
-    tell (num_heads, encoder_depth, input_size). `model.about`: what else ours says (latent_mean, latent_std, tokenizer,
-    classes, step, config). UserError for other files."""
+    """A DiT with EMA weights, in eval mode on the CPU, of our checkpoint or an official LightningDiT, REPA or REG file
+    ({"ema": ...}, {"model": ...} or a bare state dict), in our time. `overrides`: what official files do not tell
+    (num_heads, encoder_depth, input_size). `model.about`: what else ours says (latent_mean, latent_std, tokenizer,
+    classes, step, config)."""
     entries = load_weights(path)
     about = {}
     if entries.get("kind", "diffusion") != "diffusion":
@@ -566,7 +565,7 @@ def load_diffusion(path, **overrides):
         state = {}
         for key, value in entries.get("ema", entries.get("model", entries)).items():
             key = re.sub(r"^((module|model|_orig_mod)\.)+", "", key)
-            if torch.is_tensor(value) and not key.startswith("feat_rope."):  # tables that we compute
+            if torch.is_tensor(value) and not key.startswith("feat_rope."):  # tables
                 state[key] = value
         try:
             arch = official_arch(state)
@@ -585,7 +584,7 @@ def load_diffusion(path, **overrides):
 # Training
 
 def model_arch(cfg, channels, side, num_classes, vfm_dim):
-    """The DiT arguments that the flags ask for; vfm_dim: width of the tokens to align with, or 0."""
+    """DiT arguments by the flags; vfm_dim: width of the tokens to align with, or 0."""
     depth, width, heads = SIZES[cfg.model]
     depth = cfg.depth or depth
     if vfm_dim and cfg.encoder_depth > depth:
@@ -596,12 +595,12 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim):
         cls_dim=vfm_dim if cfg.align == "reg" else 0, z_dim=vfm_dim, projector_dim=cfg.projector_dim,
         encoder_depth=cfg.encoder_depth)
     with torch.device("meta"):
-        DiT(**arch)  # complains now, not after hours of encoding
+        DiT(**arch)  # complains before hours of encoding
     return arch
 
 
 def build(cfg, world, arch, saved=None):
-    """(model, it for several processes, its EMA, optimizer), from a checkpoint's entries if `saved`."""
+    """-> (model, parallel model, EMA, optimizer), from a checkpoint's entries if `saved`."""
     seed_step(cfg.seed, -1)
     model = DiT(**arch).to(world.device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -611,7 +610,7 @@ def build(cfg, world, arch, saved=None):
     model.checkpointing = cfg.checkpointing
     cuda = world.device.type == "cuda"
     if cfg.compile:
-        # among several processes gradients leave and weights arrive block by block: one graph for all blocks
+        # parallel: gradients leave and weights arrive block by block
         for module in [model] if world.size == 1 and not cfg.fsdp else model.blocks:
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
     parallel = model
@@ -629,7 +628,7 @@ def build(cfg, world, arch, saved=None):
 
 
 def full_state(model, ema, optimizer):
-    """Plain CPU state dicts; if sharded, on rank 0 alone."""
+    """CPU state dicts; if sharded, on rank 0 alone."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return dict(model=weights, ema=get_model_state_dict(ema, options=options), optimizer=moments)
@@ -648,23 +647,23 @@ def learning_rate(cfg, step):
 
 
 def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
-    """One optimizer step on batches dict(latents, labels, tokens) -> this process's losses."""
+    """A step on batches dict(latents, labels, tokens) -> this process's losses."""
     weights = dict(velocity=1.0, cosine=cfg.cosine_weight, cls=cfg.cls_weight, repa=cfg.repa_weight)
     optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
     totals = {}
     for k, batch in enumerate(batches, 1):
-        latents = batch["latents"]
+        x = batch["latents"]
         tokens = batch["tokens"]
-        dropped = torch.rand(len(latents), device=world.device) < cfg.class_dropout
+        dropped = torch.rand(len(x), device=world.device) < cfg.class_dropout
         labels = torch.where(dropped, model.num_classes, batch["labels"])
         cls_noise = torch.randn_like(tokens[:, 0]) if model.cls_dim else None
-        t = draw_times(len(latents), step, cfg, world.device)
+        t = draw_times(len(x), step, cfg, world.device)
         if cfg.fsdp:
             parallel.set_requires_gradient_sync(k == cfg.accumulate)
         elif parallel is not model:
             parallel.require_backward_grad_sync = k == cfg.accumulate
         with world.autocast():
-            losses = flow_losses(parallel, latents, labels, t, torch.randn_like(latents), tokens, cls_noise)
+            losses = flow_losses(parallel, x, labels, t, torch.randn_like(x), tokens, cls_noise)
         losses = {name: value.mean() for name, value in losses.items()}
         losses["loss"] = sum(weights[name] * value for name, value in losses.items())
         (losses["loss"] / cfg.accumulate).backward()
@@ -674,14 +673,14 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
     optimizer.step()
     optimizer.zero_grad()
     if cfg.fsdp:
-        ema.reshard()  # sampling leaves its root whole
+        ema.reshard()  # sampling unshards its root
         norm = norm.full_tensor()
     update_ema(ema, model, cfg.ema)
     return dict(totals, grad_norm=norm)
 
 
 def normalise_rows(rows, mean, std):
-    """Rows of the cache -> dict(latents, labels, tokens or None), float32, where mean, std [C, 1, 1] are."""
+    """Cache rows -> dict(latents, labels, tokens or None), float32, on the device of mean, std [C, 1, 1]."""
     rows = {name: value.to(mean.device, non_blocking=True) for name, value in rows.items()}
     tokens = rows["features"].float() if "features" in rows else None  # [B, (1 +) N, D]
     return dict(latents=(rows["latents"].float() - mean) / std, labels=rows["labels"], tokens=tokens)
@@ -689,54 +688,54 @@ def normalise_rows(rows, mean, std):
 
 @torch.no_grad()
 def validate(model, val, mean, std, world, batch):
-    """Mean losses on held-out latents, with times and noises of the image's number alone."""
+    """Mean losses on held-out latents; times and noises are the image number's."""
     mine = torch.arange(world.rank, len(val) // world.size * world.size, world.size)
     totals = {}
     for index in mine.split(batch):
         data = normalise_rows(val.read(index, 0 * index), mean, std)
+        x = data["latents"]
         noise = ImageNoise(0, index)
-        t = (index.double() * 0.6180339887498949 % 1).float().to(world.device)  # golden ratio: evenly
+        t = (index.double() * 0.6180339887498949 % 1).float().to(world.device)  # golden ratio
         cls_noise = noise(data["tokens"][:, 0]) if model.cls_dim else None
         with world.autocast():
-            losses = flow_losses(
-                model, data["latents"], data["labels"], t, noise(data["latents"]), data["tokens"], cls_noise)
+            losses = flow_losses(model, x, data["labels"], t, noise(x), data["tokens"], cls_noise)
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.sum() / len(mine)
     return {f"val_{name}": world.mean(value) for name, value in totals.items()}
 
 
 def train(cfg, world):
-    """Caches the latents, trains or goes on -> OUT/diffusion.pt, OUT/log.jsonl, OUT/grids."""
+    """Caches latents, trains or goes on -> OUT/diffusion.pt, OUT/log.jsonl, OUT/grids."""
     out = Path(cfg.out)
     path = out / "diffusion.pt"
-    tokenizer_path = cfg.tokenizer or f"{out}/tokenizer.pt"
-    if not os.path.exists(tokenizer_path):
-        raise UserError(f"no {tokenizer_path}: run tokenizer.py first, or give --tokenizer")
+    source = cfg.tokenizer or f"{out}/tokenizer.pt"
+    if not os.path.exists(source):
+        raise UserError(f"no {source}: run tokenizer.py first, or give --tokenizer")
 
     # data
-    tokenizer = load_tokenizer(tokenizer_path).to(world.device)
-    size = cfg.image_size or tokenizer.resolution
+    tok = load_tokenizer(source).to(world.device)
+    size = cfg.image_size or tok.resolution
     images = open_data(cfg, "train", size, flip=True)
-    held_out = open_data(cfg, "val", size)
+    held = open_data(cfg, "val", size)
     classes = list(images.classes)
-    if list(held_out.classes) != classes:
+    if list(held.classes) != classes:
         raise UserError(f"{cfg.data}: val's classes are not train's")
     vfm = None
     if cfg.align != "none":
         vfm = load_vfm(cfg.align_vfm, cfg.cache).to(world.device)
         if cfg.align == "reg" and vfm.cls_token is None:
             raise UserError(f"--align=reg: {cfg.align_vfm} has no class token")
-    side = size // tokenizer.downsample
-    arch = model_arch(cfg, tokenizer.z_dim, side, len(classes), vfm.embed_dim if vfm else 0)
+    side = size // tok.downsample
+    arch = model_arch(cfg, tok.z_dim, side, len(classes), vfm.embed_dim if vfm else 0)
     grid = side // cfg.patch_size
     folder = Path(cfg.latents or out / "latents")
     shared = dict(dtype=cfg.cache_dtype, grid=grid, batch=cfg.encode_batch, workers=cfg.workers)
-    on_the_fly = vfm and not cfg.cache_features
-    latents = cache_latents(folder / "train", tokenizer, images, world, vfm=None if on_the_fly else vfm, **shared)
-    if on_the_fly:
+    live = vfm and not cfg.cache_features
+    latents = cache_latents(folder / "train", tok, images, world, vfm=None if live else vfm, **shared)
+    if live:
         latents.images = images
-    some = np.linspace(0, len(held_out) - 1, min(cfg.val_images, len(held_out))).astype(int)
-    val = cache_latents(folder / "val", tokenizer, held_out, world, some, vfm=vfm, **shared)
+    some = np.linspace(0, len(held) - 1, min(cfg.val_images, len(held))).astype(int)
+    val = cache_latents(folder / "val", tok, held, world, some, vfm=vfm, **shared)
     mean, std = (values.view(-1, 1, 1).to(world.device) for values in (latents.mean, latents.std))
 
     # the model
@@ -762,9 +761,9 @@ def train(cfg, world):
         if world.rank == 0:
             entries.update(
                 kind="diffusion", config=asdict(cfg), arch=arch, latent_mean=latents.mean, latent_std=latents.std,
-                latents=origin, tokenizer=tokenizer_path, classes=classes, image_size=size, step=step,
+                latents=origin, tokenizer=source, classes=classes, image_size=size, step=step,
                 images=step * cfg.batch_size)
-            if cfg.keep:  # first: a kill must not leave a gap
+            if cfg.keep:  # first: a kill leaves no gap
                 save_checkpoint(out / f"diffusion-{step}.pt", **entries)
             save_checkpoint(path, **entries)
 
@@ -772,14 +771,14 @@ def train(cfg, world):
         columns = min(len(classes), 10)
         y = torch.arange(columns).repeat(4)
         sampling = Sampling(seed=cfg.seed, solver="ab2", num_steps=20, cfg_scale=3.0)
-        pictures = generate(ema, tokenizer, latents.mean, latents.std, range(len(y)), y, sampling, world)
+        pictures = generate(ema, tok, latents.mean, latents.std, range(len(y)), y, sampling, world)
         if world.rank == 0:
             save_grid(pictures, out / f"grids/diffusion-{step:07d}.png", columns, [classes[i] for i in y])
 
     def due(step, interval):
         return step == cfg.steps or interval > 0 and step % interval == 0
 
-    # the loop. A loader draws a random number as it starts: not within a step
+    # the loop. The loader draws a random number as it starts: not in a step
     order = step_batches(len(images), cfg.batch_size, cfg.seed, start, cfg.steps, world, cfg.accumulate)
     cuda = world.device.type == "cuda"
     loader = DataLoader(latents, batch_sampler=order, collate_fn=dict, num_workers=cfg.workers, pin_memory=cuda)
@@ -787,13 +786,13 @@ def train(cfg, world):
 
     def next_batch():
         rows = next(loader)
-        if on_the_fly:
+        if live:
             with torch.no_grad(), world.autocast():
                 rows["features"] = vfm_tokens(vfm, to_float(rows.pop("pictures").to(world.device)), grid)
         return normalise_rows(rows, mean, std)
 
     log = Log(out, "diffusion", world, cfg.steps, start)
-    log.flops = 3 * model.flops()  # a backward pass costs two forward ones
+    log.flops = 3 * model.flops()  # backward: twice forward
     for step in range(start, cfg.steps):
         seed_step(cfg.seed, step, world.rank)
         batches = (next_batch() for _ in range(cfg.accumulate))
@@ -806,7 +805,7 @@ def train(cfg, world):
             losses = {name: world.mean(value.clone()) for name, value in losses.items()}
             seen = done * cfg.batch_size
             log.write(done, seen, lr=optimizer.param_groups[0]["lr"], epoch=seen / len(images), **losses)
-            # an infinite norm makes the weights NaN: look before saving
+            # an infinite norm makes weights NaN: look before saving
             if not all(math.isfinite(losses[key]) for key in ("loss", "grad_norm")):
                 raise UserError(f"loss or gradients are not finite at step {done}; a lower --lr?")
         if cfg.sample_interval and due(done, cfg.sample_interval):
@@ -835,7 +834,7 @@ def bench(cfg, world):
 
 
 # -----------------------------------------------------------------------------
-# The latent cache: memory-mapped arrays whose row 2 i is image i, 2 i + 1 its mirror image
+# The latent cache: memory-mapped; row 2 i is image i, 2 i + 1 its mirror image
 
 DTYPES = dict(  # NumPy has no bfloat16: its bits
     bf16=(torch.bfloat16, np.uint16), fp16=(torch.float16, np.float16), fp32=(torch.float32, np.float32))
@@ -848,8 +847,8 @@ def vfm_tokens(vfm, images, grid):
 
 
 class Latents(Dataset):
-    """A finished cache, for batches of `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `labels` [n], the
-    latents' `mean`, `std` [C]. The pixels of `images`, where set, are given, too."""
+    """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `labels` [n], the latents'
+    `mean`, `std` [C]. The pixels of `images`, if set, come along."""
     images = None
 
     def __init__(self, folder, names):
@@ -864,11 +863,11 @@ class Latents(Dataset):
         return len(self.labels)
 
     def read(self, index, mirror):
-        """{name: rows, "labels": [B]} of images `index` [B], mirrored where `mirror` [B] is 1."""
+        """{name: rows, "labels": [B]} of images `index` [B], mirrored where `mirror` is 1."""
         rows = {name: array.index_select(0, 2 * index + mirror) for name, array in self.arrays.items()}
         return dict(rows, labels=self.labels[index])
 
-    def __getitems__(self, items):  # mirrored where Images(flip=True) mirrors for the same key
+    def __getitems__(self, items):  # mirrored as by Images(flip=True)
         mirror = [int(np.random.default_rng(key).uniform() < 0.5) for _, key in items]
         rows = self.read(torch.tensor([index for index, _ in items]), torch.tensor(mirror))
         if self.images is not None:
@@ -877,16 +876,16 @@ class Latents(Dataset):
 
 
 def mapped(folder, name, dtype):
-    """As a tensor; read-only, as a private writable mapping would be charged against memory."""
+    """A tensor; read-only, as private writable maps are charged to memory."""
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # PyTorch's
     return torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r")).view(DTYPES[dtype][0])
 
 
 def cache_latents(
         folder, tokenizer, images, world, indices=None, dtype="bf16", vfm=None, grid=None, batch=100, workers=0):
-    """The Latents of `images` (at `indices`) in `folder`, encoded unless they are there; with `vfm` its grid x grid
-    tokens, too ("features"). meta.json says what arrays are made of: those of another tokenizer, VFM, data set or
-    precision are made anew. done.npy flags the images whose rows are on disk: after a kill the rest is encoded."""
+    """The Latents of `images` (at `indices`) in `folder`, encoded unless there; with `vfm` its grid x grid tokens, too
+    ("features"). By meta.json, those of another tokenizer, VFM, data set or precision are made anew; done.npy flags the
+    images on disk: after a kill the rest is encoded."""
     folder = Path(folder)
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
     names = ["latents", "features"] if vfm else ["latents"]
@@ -907,12 +906,12 @@ def cache_latents(
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}
     done = np.load(folder / "done.npy", mmap_mode="r+")
     mine = np.array_split(np.flatnonzero(done == 0), world.size)[world.rank]
-    world.barrier()  # all have read the flags
+    world.barrier()  # all have read
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     loader = make_loader(images, [indices[part].tolist() for part in parts], world, workers)
     for (pixels, _), part in zip(tqdm(loader, f"latents {folder.name}", disable=world.rank > 0), parts):
         x = to_float(pixels.to(world.device))
-        x = torch.cat((x, x.flip(-1)))  # [2 b, 3, S, S]: images, then mirror images
+        x = torch.cat((x, x.flip(-1)))  # [2 b, 3, S, S]
         with torch.inference_mode():
             values = dict(latents=tokenizer.encode(x)[0])  # in float32
             if vfm:
@@ -933,7 +932,7 @@ def cache_latents(
 
 
 def describe_images(images, indices):
-    """Names and sizes of files, labels, the pixels of 16."""
+    """Files' names and sizes, labels, 16 images."""
     files = len(images)
     if isinstance(images.source, np.ndarray):  # paths
         files = [(Path(os.fsdecode(path)).parts[-2:], os.stat(path).st_size) for path in images.source]
@@ -942,7 +941,7 @@ def describe_images(images, indices):
 
 
 def open_cache(folder, wanted, labels):
-    """Makes the arrays `wanted`, empty, unless the folder has them, finished or not."""
+    """Makes the arrays `wanted`, empty, unless they are there, finished or not."""
     meta = read_json(folder / "meta.json")
     arrays = meta.get("arrays", {})
     if arrays == wanted or meta.get("complete") and wanted.items() <= arrays.items():
@@ -967,7 +966,7 @@ def open_cache(folder, wanted, labels):
 
 
 def latent_statistics(latents):
-    """mean, std [C] of [n, C, h, w], of 20,000 rows at most (LightningDiT's 10,000 images, twice)."""
+    """mean, std [C] of [n, C, h, w], of at most 20,000 rows (LightningDiT's 10,000 images, twice)."""
     mean = 0
     squares = 0
     count = min(len(latents), 20_000)

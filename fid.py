@@ -1,13 +1,13 @@
 """
-Judges images with the arithmetic of OpenAI's ADM evaluator, as the papers do.
+Judges images as OpenAI's ADM evaluator does, the papers' one.
 
     python fid.py  # the toy's out/samples beside what bounds them
-    python fid.py SAMPLES REFERENCE  # FID, sFID, IS, precision, recall; folders, .npz (arr_0), ADM's statistics
+    python fid.py SAMPLES REFERENCE  # FID, sFID, IS, precision, recall; folders, .npz, ADM's statistics
     python fid.py SAMPLES REFERENCE --metrics=fid --features=dinov2_vitl14  # another network's features
-    python fid.py RECONSTRUCTIONS ORIGINALS --pairs=1  # PSNR, SSIM, LPIPS of images of equal names
-    python fid.py --tokenizer=out/tokenizer.pt  # PSNR, SSIM, LPIPS, rFID, equivariance on held-out images
+    python fid.py RECONSTRUCTIONS ORIGINALS --pairs=1  # PSNR, SSIM, LPIPS by name
+    python fid.py --tokenizer=out/tokenizer.pt  # and rFID, equivariance on held-out images
 
-A reference's statistics are kept beside it (REFERENCE.inception.npz; a reference, too).
+A reference's statistics are kept in REFERENCE.inception.npz (a reference, too).
 FID: arXiv 1706.08500; sFID: 2103.03841; IS: 1606.03498; precision and recall: 1904.06991; the evaluator:
 github.com/openai/guided-diffusion.
 """
@@ -39,24 +39,24 @@ from tokenizer import (
 
 @dataclass
 class Config:
-    preset: str = ""  # imagenet (where there is CUDA and data/imagenet/train) or toy
-    samples: str = ""  # folder or .npz of images; empty: OUT/samples
-    reference: str = "data/imagenet/VIRTUAL_imagenet256_labeled.npz"  # folder, .npz, ADM's statistics; empty: the toy
-    metrics: str = ""  # of fid,sfid,is,precision,recall, or of pairs' psnr,ssim,lpips; empty: all
-    features: str = ""  # inception, toy (its classifier), a VFM's name or file; empty: toy for shapes alone
-    inception: str = ""  # file of its weights; empty: fetch pytorch-fid's
+    preset: str = ""  # imagenet (given CUDA and data/imagenet/train) or toy
+    samples: str = ""  # folder or .npz; empty: OUT/samples
+    reference: str = "data/imagenet/VIRTUAL_imagenet256_labeled.npz"  # or a folder; empty: the toy
+    metrics: str = ""  # of fid,sfid,is,precision,recall or psnr,ssim,lpips; empty: all
+    features: str = ""  # inception, toy, a VFM's name or file; empty: toy for shapes alone
+    inception: str = ""  # its weights; empty: fetch pytorch-fid's
     pairs: bool = False  # PSNR, SSIM, LPIPS of equal names in two folders
-    lpips_weights: str = ""  # files of VGG16 and LPIPS, comma-separated; empty: fetch the public ones
-    tokenizer: str = ""  # judge this one, ours or official, on held-out images
-    data: str = ""  # ... of this data set, as tokenizer.py's; empty: of what it was trained on
-    data_dir: str = "data"  # ... folder of torchvision's data sets
+    lpips_weights: str = ""  # files of VGG16,LPIPS; empty: fetch them
+    tokenizer: str = ""  # judge this one on held-out images
+    data: str = ""  # ... of this data set; empty: its own
+    data_dir: str = "data"  # ... torchvision's folder
     download: bool = False  # ... them, if need be
     images: Positive = 50_000  # ... at most so many
-    image_size: int = 0  # crop to this size as ADM does; 0: as the images are, or the tokenizer's
-    batch_size: Positive = 256  # a step and process
-    workers: int = 8  # data loading processes
+    image_size: int = 0  # crop as ADM does; 0: the images' or tokenizer's
+    batch_size: Positive = 256  # of each process
+    workers: int = 8  # loader processes
     out: str = "out"  # of fid.json or eval.json
-    cache: str = "out"  # the toy's drawings, VFM and classifier, shared by all runs
+    cache: str = "out"  # the toy's drawings, VFM, classifier
 
 
 PRESETS = dict(imagenet={}, toy=dict(reference="", images=2000, batch_size=64, workers=2))
@@ -77,10 +77,10 @@ NEEDS = dict(
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (FID, arXiv 1706.08500, eq. 6), in float64.
-    Means [D], covariances [D, D]. UserError for different widths or NaN.
+    Means [D], covariances [D, D].
 
-    The trace of the root sums the roots of the eigenvalues of C1 C2, which are those of the symmetric L^T C2 L for any
-    L L^T = C1, here the pivoted Cholesky factor. (scipy.linalg.sqrtm is NaN or wrong with some BLAS builds.)"""
+    The root's trace sums the roots of C1 C2's eigenvalues, those of the symmetric L^T C2 L for any L L^T = C1, here the
+    pivoted Cholesky factor. (scipy.linalg.sqrtm is NaN or wrong with some BLAS builds.)"""
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if sigma1.shape != sigma2.shape or not np.isfinite(mu1.sum() + mu2.sum() + sigma1.sum() + sigma2.sum()):
         raise UserError(f"covariances {sigma1.shape} and {sigma2.shape}, or NaN in them (of one image?)")
@@ -92,12 +92,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(logits, splits):
-    """Logits [N, K] -> (mean, std) of the Inception Score (arXiv 1606.03498) over `splits` contiguous parts."""
+    """Logits [N, K] -> (mean, std) of the Inception Score (arXiv 1606.03498) over contiguous parts."""
     return score_parts(torch.as_tensor(logits).tensor_split(splits))
 
 
 def score_parts(parts):
-    """exp(mean KL(p || mean p)) of each part's logits [n, K] -> their mean and population's standard deviation."""
+    """exp(mean KL(p || mean p)) of each part's logits [n, K] -> their mean, population's deviation."""
     scores = []
     for part in parts:
         log_p = part.double().log_softmax(1)  # [n, K]
@@ -109,7 +109,7 @@ def score_parts(parts):
 
 @contextlib.contextmanager
 def full_float32():
-    """No TF32: numbers must not depend on the card."""
+    """No TF32: numbers do not depend on the card."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -120,14 +120,14 @@ def full_float32():
 
 @full_float32()
 def precision_recall(reference, samples, k=3, block=1024):
-    """Features [N, D], [M, D] -> (precision, recall) (arXiv 1904.06991): the share of samples in the ball of any
-    reference image, and the reverse. A ball reaches to the k-th nearest of its own set, itself not counted."""
+    """Features [N, D], [M, D] -> (precision, recall) (arXiv 1904.06991): the share of samples in any ball of
+    the reference, and the reverse. A ball reaches to the k-th nearest of its own set."""
     reference = torch.as_tensor(reference)
-    centre = reference.mean(0)  # leaves distances as they are, their rounding small
+    centre = reference.mean(0)  # for small rounding errors
     reference = reference - centre
     samples = torch.as_tensor(samples) - centre
 
-    def radii(rows):  # [n, D] -> [n]; the nearest is the row itself
+    def radii(rows):  # [n, D] -> [n]; row itself: nearest
         return torch.cat([torch.cdist(part, rows).kthvalue(k + 1, 1).values for part in rows.split(block)])
 
     def share_inside(rows, centres):
@@ -142,11 +142,11 @@ def precision_recall(reference, samples, k=3, block=1024):
 # Features: a network(uint8 [B, 3, H, W]) -> (features [B, D], spatial [B, S] or None, logits [B, K] or None)
 
 def resize_tf1(images, size):
-    """[B, 3, H, W] -> float32 [B, 3, size, size], as TensorFlow 1's `resize_bilinear`: output i lies
-    at i * in/out (no half-pixel shift); no antialiasing, no rounding."""
+    """[B, 3, H, W] -> float32 [B, 3, size, size], TensorFlow 1's `resize_bilinear`: output i at i * in/out (no
+    half-pixel shift); no antialiasing."""
     for dim in (2, 3):
         n = images.shape[dim]
-        position = torch.arange(size, device=images.device) * n  # [size], in 1/size pixels: exact
+        position = torch.arange(size, device=images.device) * n  # [size], 1/size px: exact
         lower = position // size
         upper = (lower + 1).clamp_max(n - 1)
         weight = (position % size) / size
@@ -157,27 +157,27 @@ def resize_tf1(images, size):
 
 
 def without_padding(branch_pool, inputs):
-    """Hook: torchvision's average counts the padding, TensorFlow's does not."""
+    """Hook: torchvision's average counts padding, TensorFlow's not."""
     pooled, = inputs  # [B, C, h, w]
-    inside = F.avg_pool2d(torch.ones_like(pooled[:1, :1]), 3, 1, 1)  # each window's share of the image
+    inside = F.avg_pool2d(torch.ones_like(pooled[:1, :1]), 3, 1, 1)  # share of the image
     return pooled / inside
 
 
 class Mixed7c(InceptionE):
-    """Here alone the network pools by the maximum."""
+    """Pools by the maximum, alone."""
 
     def forward(self, x):  # [B, 2048, 8, 8]
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = F.max_pool2d(x, 3, 1, 1)
-        return torch.cat([self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single),
-                          self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(pooled)], 1)
+        return torch.cat([
+            self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single), self.branch3x3dbl_3a(double),
+            self.branch3x3dbl_3b(double), self.branch_pool(pooled)], 1)
 
 
 class Inception(Inception3):
-    """FID's Inception-v3 of 2015-12-05 (arXiv 1512.00567): torchvision's but for its pools. uint8 [B, 3, H, W] ->
-    pool [B, 2048], spatial [B, 2023] (the first 7 channels of Mixed_6d, channel last), logits without bias [B, 1008]
-    (as in ADM's graph)."""
+    """FID's Inception-v3 (arXiv 1512.00567): torchvision's but for its pools. uint8 [B, 3, H, W] -> pool [B, 2048],
+    spatial [B, 2023] (7 channels of Mixed_6d, last), logits without bias [B, 1008] (ADM's)."""
     name = "inception"
 
     def __init__(self):
@@ -189,18 +189,18 @@ class Inception(Inception3):
 
     def forward(self, images):
         x = (resize_tf1(images, 299) - 128) / 128  # [B, 3, 299, 299]
-        for name, block in self.named_children():  # in the order of the forward pass
+        for name, block in self.named_children():  # in forward order
             if name == "avgpool":
                 break
             x = block(x)
             if name == "Mixed_6d":
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # [B, 17 * 17 * 7]
-        pool = x.mean((2, 3))  # [B, 2048, 8, 8] -> [B, 2048]
+        pool = x.mean((2, 3))  # [B, 2048]
         return pool, spatial, F.linear(pool, self.fc.weight)
 
 
 def load_inception(path=""):
-    """Of a public port's file (empty: pytorch-fid's, fetched once), frozen, BatchNorms folded."""
+    """Of a public port's file (empty: pytorch-fid's), frozen, BatchNorms folded."""
     net = Inception()
     path = path or INCEPTION
     try:
@@ -216,7 +216,7 @@ def load_inception(path=""):
 
 
 class VFMFeatures(nn.Module):
-    """A VFM's class token (as FD-DINOv2, arXiv 2306.04675), or else the mean of its patch tokens."""
+    """A VFM's class token (as FD-DINOv2, arXiv 2306.04675), or else its patch tokens' mean."""
 
     def __init__(self, name, cache):
         super().__init__()
@@ -229,8 +229,8 @@ class VFMFeatures(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The toy's judge names a drawing's shape, hue, texture and ground, not the class alone: so the Frechet distance of
-    its features sees what a sample looks like."""
+    """The toy's judge names a drawing's shape, hue, texture and ground, so that the Frechet distance of its features
+    sees them all."""
     name = "toy"
     attributes = ("shape", "hue", "texture", "ground")
 
@@ -246,7 +246,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, sum(attribute_counts(self.attributes)))
 
     def features(self, x):  # float [B, 3, 32, 32]
-        return self.body(x).mean((2, 3))  # [B, 128, 4, 4] -> [B, 128]
+        return self.body(x).mean((2, 3))  # [B, 128]
 
     def forward(self, images):
         features = self.features(F.interpolate(to_float(images), (32, 32), mode="bilinear", antialias=True))
@@ -254,25 +254,25 @@ class Classifier(nn.Module):
 
 
 def load_classifier(cache="out", device="cpu"):
-    """The toy's Classifier, frozen; trained once (half a minute), then kept in `cache`."""
+    """The toy's Classifier, frozen; trained once, kept in `cache`."""
     path = Path(cache) / "classifier.pt"
     recipe = dict(images=57_600, batch=64, lr=1e-2)
     version = fingerprint(Shapes("train", 32).draw(np.arange(16)), *recipe.values())
-    with alone(path), torch.random.fork_rng([]), torch.enable_grad():  # the first process trains, the others find it
+    with alone(path), torch.random.fork_rng([]), torch.enable_grad():  # the first process trains
         torch.default_generator.manual_seed(0)
         net = Classifier().to(device, memory_format=torch.channels_last)
-        entries = load_checkpoint(path, "classifier") if path.exists() else {}
-        if entries.get("version") != version:
+        saved = load_checkpoint(path, "classifier") if path.exists() else {}
+        if saved.get("version") != version:
             train_on_shapes(
                 "training the toy's classifier (once)", net, lambda x: [net.head(net.features(x))], net.attributes,
                 cache, device, **recipe)
-            entries = dict(kind="classifier", version=version, model=net.state_dict())
-            save_checkpoint(path, **entries)
-    return load_state(net, entries["model"], str(path)).requires_grad_(False).eval()
+            saved = dict(kind="classifier", version=version, model=net.state_dict())
+            save_checkpoint(path, **saved)
+    return load_state(net, saved["model"], str(path)).requires_grad_(False).eval()
 
 
 def load_features(name, cache="out", device="cpu", inception=""):
-    """Frozen: "inception" (of the file `inception`), "toy" or a VFM's name or file."""
+    """Frozen: "inception" (of that file), "toy", a VFM's name or file."""
     if name == "toy":
         return load_classifier(cache, device)
     net = load_inception(inception) if name == "inception" else VFMFeatures(name, cache)
@@ -280,10 +280,10 @@ def load_features(name, cache="out", device="cpu", inception=""):
 
 
 # -----------------------------------------------------------------------------
-# Sets of images: whatever has len() and gives source[range] as uint8 [b, 3, H, W]; a tensor is one
+# Sets of images: len() and source[range], uint8 [b, 3, H, W]; a tensor is one
 
 class Folder:
-    """A folder's images, sorted by path, of one size (`crop`: centre-cropped to it as ADM does)."""
+    """A folder's images by path, of one size (`crop`: cropped as ADM does)."""
 
     def __init__(self, folder, crop=0):
         self.paths = list_images(folder)
@@ -309,7 +309,7 @@ class Folder:
 
 @contextlib.contextmanager
 def reading(path):
-    """A damaged archive is a UserError."""
+    """Damaged archives: UserError."""
     try:
         yield
     except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
@@ -317,7 +317,7 @@ def reading(path):
 
 
 class Npz:
-    """`arr_0` of an .npz, uint8 [N, H, W, 3] as ADM's; streamed, as np.load would read it whole."""
+    """`arr_0` of an .npz, uint8 [N, H, W, 3] as ADM's, streamed."""
 
     def __init__(self, path):
         self.paths = [path]
@@ -336,7 +336,7 @@ class Npz:
         shape = self.shape[1:]
         nbytes = math.prod(shape)
         with reading(self.paths[0]):
-            if self.file is None:  # not before, as every loader process needs its own
+            if self.file is None:  # each loader process needs its own
                 self.file = zipfile.ZipFile(self.paths[0]).open("arr_0.npy")
             self.file.seek(self.start + indices.start * nbytes)
             data = bytearray(self.file.read(len(indices) * nbytes))
@@ -345,7 +345,7 @@ class Npz:
 
 
 class Selection:
-    """At most `n` evenly spaced images of an Images, their `labels`."""
+    """At most `n` evenly spaced images of an Images, `labels`."""
 
     def __init__(self, data, n):
         self.data = data
@@ -381,7 +381,7 @@ def batches(source, world, batch_size=64, workers=0, title="images"):
 # One pass over a set
 
 def moments(rows):
-    """Rows [N, D] -> mean [D], unbiased covariance [D, D], NumPy's, in float64."""
+    """Rows [N, D] -> mean [D], unbiased covariance [D, D] in float64."""
     mean = rows.mean(0, dtype=torch.float64)
     scatter = 0
     for part in rows.split(4096):
@@ -393,12 +393,11 @@ def moments(rows):
 @torch.no_grad()
 @full_float32()
 def image_statistics(source, net, world, batch_size=64, workers=0, title="images", transform=None):
-    """One pass through a network -> dict: n; features [n, D], mu, sigma; where it has them mu_s, sigma_s (spatial) and,
-    from logits, inception_score (mean, std), predictions [n]. `transform(range, batch)` gives the uint8 images to look
-    at in a batch's place."""
+    """One pass -> dict: n; features [n, D], mu, sigma; where the network has them mu_s, sigma_s (spatial) and, from
+    logits, inception_score (mean, std), predictions [n]. `transform(range, batch)`: the uint8 images to look at."""
     n = len(source)
     outputs = []
-    for rows in net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=world.device)):  # for their widths
+    for rows in net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=world.device)):  # widths
         outputs.append(None if rows is None else torch.zeros(n, rows.shape[1], device=world.device))
     for indices, images in batches(source, world, batch_size, workers, title):
         if transform:
@@ -408,7 +407,7 @@ def image_statistics(source, net, world, batch_size=64, workers=0, title="images
                 output[indices.start:indices.stop] = rows
     for output in outputs:
         if output is not None:
-            world.sum(output)  # each process has filled its own rows
+            world.sum(output)  # each has filled its rows
     features, spatial, logits = outputs  # [n, D], [n, S], [n, K]
     found = dict(n=n, features=features)
     found["mu"], found["sigma"] = moments(features)
@@ -420,21 +419,20 @@ def image_statistics(source, net, world, batch_size=64, workers=0, title="images
 
 
 def distance(a, b, key=""):
-    """Frechet distance of two results of `image_statistics`; key "_s": of their spatial features."""
+    """Frechet distance of two `image_statistics`; key "_s": spatial."""
     return frechet_distance(a["mu" + key], a["sigma" + key], b["mu" + key], b["sigma" + key])
 
 
 def judge(images, net, world, labels=None, reference=None, batch_size=64, title="images", workers=0, transform=None):
-    """A source or a uint8 tensor [n, 3, H, W] -> dict: images, n; fd, the Frechet distance to the statistics
-    `reference`; agreement, the share that the net takes for its `labels` (None where not asked); statistics, and
-    `transform` as in `image_statistics`."""
-    statistics = image_statistics(images, net, world, batch_size, workers, title, transform)
+    """A source -> dict: images, n; fd, the Frechet distance to the statistics `reference`; agreement, the share that
+    the net takes for its `labels` (None where not asked); statistics, by `image_statistics`."""
+    stats = image_statistics(images, net, world, batch_size, workers, title, transform)
     fd = agreement = None
     if reference is not None:
-        fd = distance(statistics, reference)
-    if labels is not None and "predictions" in statistics:
-        agreement = (statistics["predictions"].cpu() == torch.as_tensor(labels)).double().mean().item()
-    return dict(images=len(images), fd=fd, agreement=agreement, statistics=statistics)
+        fd = distance(stats, reference)
+    if labels is not None and "predictions" in stats:
+        agreement = (stats["predictions"].cpu() == torch.as_tensor(labels)).double().mean().item()
+    return dict(images=len(images), fd=fd, agreement=agreement, statistics=stats)
 
 
 # -----------------------------------------------------------------------------
@@ -446,7 +444,7 @@ def note(world, text):
 
 
 def paired_measures(names, lpips_weights, world):
-    """{name: function of two batches in [-1, 1] -> [B]}, without LPIPS if its weights can't be had."""
+    """{name: function of two batches in [-1, 1] -> [B]}; LPIPS if its weights are there."""
     known = dict(psnr=psnr, ssim=ssim)
     measures = {name: known[name] for name in known if name in names}
     if "lpips" in names:
@@ -458,7 +456,7 @@ def paired_measures(names, lpips_weights, world):
 
 
 def summary(values, world):
-    """{name: [n], this process's rows filled} -> {name: mean, name_std: the population's deviation}."""
+    """{name: [n], this process's rows filled} -> {name: mean, name_std: population's}."""
     found = {}
     for name, rows in values.items():
         rows = world.sum(rows).double()
@@ -470,7 +468,7 @@ def summary(values, world):
 @torch.no_grad()
 @full_float32()
 def judge_pairs(cfg, metrics, world):
-    """Of two folders' images of the same path but for the suffix."""
+    """Of two folders' images, equal paths but for suffixes."""
     if not cfg.reference:
         raise UserError("--pairs=1 takes two folders, RECONSTRUCTIONS and ORIGINALS")
     sides = []
@@ -500,43 +498,43 @@ def judge_pairs(cfg, metrics, world):
 
 MOVES = dict(
     rotation=lambda x: torch.rot90(x, 1, (2, 3)),
-    scaling=lambda x: shrink(x, 0.5, antialias=x.shape[1] == 3))  # of images, not of latents
+    scaling=lambda x: shrink(x, 0.5, antialias=x.shape[1] == 3))  # images, not latents
 
 
 @torch.no_grad()
 @full_float32()
 def judge_tokenizer(tokenizer, source, net, world, measures, moves=(), **keywords):
-    """-> `judge` of the reconstructions of a source, and the means of `measures` over the pairs and, for T in `moves`,
-    of the equivariance error |encode(T x) - T encode(x)| / |T encode(x)|."""
+    """-> `judge` of reconstructions, the means of `measures` over the pairs and, for T in `moves`, of the equivariance
+    error |encode(T x) - T encode(x)| / |T encode(x)|."""
     values = {name: torch.zeros(len(source), device=world.device) for name in (*measures, *moves)}
 
-    def reconstruct(indices, images):  # uint8 [B, 3, H, W] -> the same
+    def reconstruct(indices, images):  # uint8 [B, 3, H, W]
         rows = slice(indices.start, indices.stop)
-        originals = to_float(images)
-        mean, _ = tokenizer.encode(originals)  # [B, C, h, w]
+        x = to_float(images)
+        mean, _ = tokenizer.encode(x)  # [B, C, h, w]
         decoded = to_uint8(tokenizer.decode(mean))
         for name, measure in measures.items():
-            values[name][rows] = measure(originals, to_float(decoded))
+            values[name][rows] = measure(x, to_float(decoded))
         for name in moves:
             moved = MOVES[name](mean).flatten(1)
-            error = tokenizer.encode(MOVES[name](originals))[0].flatten(1) - moved
+            error = tokenizer.encode(MOVES[name](x))[0].flatten(1) - moved
             values[name][rows] = error.norm(dim=1) / moved.norm(dim=1)
         return decoded
 
-    judgement = judge(source, net, world, title="reconstructions", transform=reconstruct, **keywords)
-    return judgement, summary(values, world)
+    judged = judge(source, net, world, title="reconstructions", transform=reconstruct, **keywords)
+    return judged, summary(values, world)
 
 
 def no_features(images):
-    """In place of Inception without weights."""
+    """If Inception has no weights."""
     return torch.zeros(len(images), 1, device=images.device), None, None
 
 
 def evaluate(cfg, world):
-    """A tokenizer on held-out images like those of its training, unless cfg says otherwise."""
-    tokenizer = load_tokenizer(cfg.tokenizer).to(world.device)
-    cfg.data = cfg.data or tokenizer.about.get("config", {}).get("data", "data/imagenet")
-    size = cfg.image_size or tokenizer.resolution
+    """A tokenizer on held-out images, its training's unless cfg says otherwise."""
+    tok = load_tokenizer(cfg.tokenizer).to(world.device)
+    cfg.data = cfg.data or tok.about.get("config", {}).get("data", "data/imagenet")
+    size = cfg.image_size or tok.resolution
     data = open_data(cfg, "val", size)
     source = Selection(data, cfg.images)
     if data.note:
@@ -552,25 +550,25 @@ def evaluate(cfg, world):
     measures = paired_measures(PAIRS[:2] if toy and not cfg.lpips_weights else PAIRS, cfg.lpips_weights, world)
     moves = ["rotation"]
     with contextlib.suppress(UserError):
-        tokenizer.check_size(size // 2, size // 2)
+        tok.check_size(size // 2, size // 2)
         moves.append("scaling")
     loading = dict(batch_size=cfg.batch_size, workers=cfg.workers)
     real = judge(source, net, world, title="originals", **loading)["statistics"]
-    judgement, means = judge_tokenizer(tokenizer, source, net, world, measures, moves, reference=real, **loading)
+    judged, means = judge_tokenizer(tok, source, net, world, measures, moves, reference=real, **loading)
     if net is not no_features:
-        means.update(features=net.name, rfid=judgement["fd"])
+        means.update(features=net.name, rfid=judged["fd"])
     return dict(
         samples=cfg.tokenizer, reference=f"held-out {cfg.data}, {size} px", images=dict(pairs=len(source)), **means)
 
 
 # -----------------------------------------------------------------------------
-# Samples against a reference, whose statistics are kept beside it; the toy's
+# Samples against a reference; the toy's
 
 KEPT = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "network", "source")  # ADM's files have the first four
 
 
 def read_statistics(path):
-    """ADM's or our statistics (`images`: whether it has them, too); {} for other files."""
+    """ADM's or our statistics (`images`: has it them, too?); {} for other files."""
     if not zipfile.is_zipfile(path):
         return {}
     with reading(path), np.load(path) as file:
@@ -581,8 +579,8 @@ def read_statistics(path):
 
 
 def reference_statistics(path, net, cfg, world, neighbours):
-    """ADM's, our cache's, or measured now and kept beside the images; `neighbours`: with features."""
-    network = f"{net.name} {fingerprint([*net.parameters()][-1])}"  # one tensor tells weights apart
+    """ADM's, the cache's, or measured and kept; `neighbours`: with features."""
+    network = f"{net.name} {fingerprint([*net.parameters()][-1])}"  # the weights' stamp
     given = read_statistics(path)
     theirs = given.get("network", network if isinstance(net, Inception) else "inception")
     if given and theirs != network:
@@ -591,12 +589,12 @@ def reference_statistics(path, net, cfg, world, neighbours):
         return given
     source = open_images(path, cfg.image_size)
     cache = Path(f"{path.rstrip('/')}.{net.name}.npz")
-    files = [(str(file), Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in source.paths]
+    files = [(str(p), Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in source.paths]
     version = fingerprint(files, cfg.image_size, network)
     found = read_statistics(cache)
     if found.get("source") != version:
         found = image_statistics(source, net, world, cfg.batch_size, cfg.workers, path)
-        chosen = np.linspace(0, len(source), min(len(source), 10_000), endpoint=False).astype(int)  # as ADM's
+        chosen = np.linspace(0, len(source), min(len(source), 10_000), endpoint=False).astype(int)  # ADM's
         found.update(features=found["features"][chosen].cpu().numpy(), network=network, source=version)
         try:
             if world.rank == 0:
@@ -609,36 +607,35 @@ def reference_statistics(path, net, cfg, world, neighbours):
 
 def judge_sets(cfg, metrics, net, world):
     source = open_images(cfg.samples, cfg.image_size)
-    neighbours = bool({"precision", "recall"} & {*metrics})
-    reference = reference_statistics(cfg.reference, net, cfg, world, neighbours)
-    neighbours = neighbours and "features" in reference
+    near = bool({"precision", "recall"} & {*metrics})
+    ref = reference_statistics(cfg.reference, net, cfg, world, near)
+    near = near and "features" in ref
     samples = image_statistics(source, net, world, cfg.batch_size, cfg.workers, cfg.samples)
-    images = dict(samples=samples["n"], reference=reference.get("n"))
-    if neighbours:
-        images["reference_for_recall"] = len(reference["features"])
-    if {"fid", "sfid"} & {*metrics} and min(samples["n"], reference.get("n") or 10_000) < 10_000:
+    images = dict(samples=samples["n"], reference=ref.get("n"))
+    if near:
+        images["reference_for_recall"] = len(ref["features"])
+    if {"fid", "sfid"} & {*metrics} and min(samples["n"], ref.get("n") or 10_000) < 10_000:
         note(world, "FID of fewer than 10000 images is biased upwards")
     result = dict(samples=cfg.samples, reference=cfg.reference, images=images, features=net.name)
     for metric, key in (("fid", ""), ("sfid", "_s")):
-        if metric in metrics and "mu" + key in samples and "mu" + key in reference:
-            result[metric] = distance(samples, reference, key)
+        if metric in metrics and "mu" + key in samples and "mu" + key in ref:
+            result[metric] = distance(samples, ref, key)
     if "inception_score" in samples:
         result["is"], result["is_std"] = samples["inception_score"]
-    if neighbours and min(len(samples["features"]), len(reference["features"])) > 3:
-        theirs = torch.as_tensor(reference["features"], device=world.device)
+    if near and min(len(samples["features"]), len(ref["features"])) > 3:
+        theirs = torch.as_tensor(ref["features"], device=world.device)
         result["precision"], result["recall"] = precision_recall(theirs, samples["features"])
     return result
 
 
 def toy_table(cfg, net, world):
-    """-> {row: dict(label, images, fd, agreement[, psnr])}. A distance says little by itself: beside the samples' stand
-    those of training images (the floor), of reconstructions, and of an untrained pipeline (its DiT, zero at the last
-    layer, returns the noise)."""
+    """-> {row: dict(label, images, fd, agreement[, psnr])}. A distance says little by itself: beside it stand those of
+    training images (the floor), reconstructions, an untrained pipeline (its DiT returns the noise)."""
     samples = open_images(cfg.samples)
     size = samples[range(1)].shape[-1]
     path = Path(cfg.out, "diffusion.pt")
-    diffusion = load_checkpoint(path, "diffusion") if path.exists() else {}
-    data = diffusion.get("config", {}).get("data", "shapes")
+    saved = load_checkpoint(path, "diffusion") if path.exists() else {}
+    data = saved.get("config", {}).get("data", "shapes")
     if data != "shapes":
         raise UserError(f"samples made from --data={data}: give a REFERENCE")
     classes = read_json(Path(cfg.samples, "labels.json"))
@@ -647,9 +644,9 @@ def toy_table(cfg, net, world):
         raise UserError(f"labels.json lacks some of {cfg.samples}: run sample.py again")
     rows = {}
 
-    def add(key, label, judgement):
-        statistics = judgement.pop("statistics")
-        rows[key] = dict(label=label, **judgement)
+    def add(key, label, judged):
+        statistics = judged.pop("statistics")
+        rows[key] = dict(label=label, **judged)
         return statistics
 
     val, train = (Images("shapes", split, size, cache=cfg.cache) for split in ("val", "train"))
@@ -661,19 +658,18 @@ def toy_table(cfg, net, world):
     generated = add("samples", "samples", judge(samples, net, world, labels, real))
     path = Path(cfg.out, "tokenizer.pt")
     if path.exists():
-        tokenizer = load_tokenizer(path).to(world.device)
-        judgement, means = judge_tokenizer(
-            tokenizer, some, net, world, dict(psnr=psnr), labels=some.labels, reference=real)
-        judgement["psnr"] = means["psnr"]
-        decoded = add("reconstructions", "reconstructions of held-out images (rFD)", judgement)
+        tok = load_tokenizer(path).to(world.device)
+        judged, means = judge_tokenizer(tok, some, net, world, dict(psnr=psnr), labels=some.labels, reference=real)
+        judged["psnr"] = means["psnr"]
+        decoded = add("reconstructions", "reconstructions of held-out images (rFD)", judged)
         rows["samples_to_reconstructions"] = dict(
             label="samples, against the reconstructions", images=len(samples), fd=distance(generated, decoded))
-        if diffusion:
-            side = size // tokenizer.downsample
-            noise = torch.randn(len(samples), tokenizer.z_dim, side, side, generator=torch.Generator().manual_seed(0))
-            latents = noise * diffusion["latent_std"].view(-1, 1, 1) + diffusion["latent_mean"].view(-1, 1, 1)
-            judgement = judge(latents, net, world, labels, real, transform=lambda _, z: to_uint8(tokenizer.decode(z)))
-            add("untrained", "untrained pipeline: decoded Gaussian latents", judgement)
+        if saved:
+            side = size // tok.downsample
+            noise = torch.randn(len(samples), tok.z_dim, side, side, generator=torch.Generator().manual_seed(0))
+            latents = noise * saved["latent_std"].view(-1, 1, 1) + saved["latent_mean"].view(-1, 1, 1)
+            judged = judge(latents, net, world, labels, real, transform=lambda _, z: to_uint8(tok.decode(z)))
+            add("untrained", "untrained pipeline: decoded Gaussian latents", judged)
     return rows
 
 

@@ -1,7 +1,7 @@
 """
-Images from a diffusion checkpoint, and reconstructions of a folder of images. The solvers are diffusion.py's.
+Images from a diffusion checkpoint (solvers: diffusion.py), reconstructions of a folder's images.
 
-    python sample.py  # toy: out/diffusion.pt -> out/samples/, a grid, an .npz for fid.py
+    python sample.py  # toy: out/diffusion.pt -> out/samples/, .png, .npz
     torchrun --nproc_per_node=8 sample.py --preset=imagenet  # 50,000 for FID
     python sample.py --ckpt=lightningdit-xl.pt --tokenizer=vfmvae.pth --latent_stats=latents_stats.pt
     python sample.py --reconstruct=FOLDER  # through the tokenizer
@@ -19,37 +19,37 @@ from PIL import Image
 from tqdm import tqdm, trange
 
 from diffusion import Sampling, generate, guided, load_diffusion, ode, sde
-from tokenizer import (Images, Positive, UserError, fingerprint, init_world, load_tokenizer, load_weights, main,
-                       make_loader, parse_config, read_json, replacing, save_grid, time_steps, to_float, to_uint8,
-                       write_json)
+from tokenizer import (
+    Images, Positive, UserError, fingerprint, init_world, load_tokenizer, load_weights, main, make_loader, parse_config,
+    read_json, replacing, save_grid, time_steps, to_float, to_uint8, write_json)
 
 
 @dataclass
 class Config:
-    preset: str = ""  # imagenet (these defaults) where there is CUDA and data/imagenet/train, reg, or toy
+    preset: str = ""  # imagenet (given CUDA and data/imagenet/train), reg or toy
     out: str = "out"  # images go to OUT/samples
     ckpt: str = ""  # diffusion model; empty: OUT/diffusion.pt
     tokenizer: str = ""  # empty: what ckpt names
-    latent_stats: str = ""  # for an official ckpt: file of its latents' "mean" and "std"
-    num_heads: int = 0  # of an official ckpt; 0: the published model's
+    latent_stats: str = ""  # official ckpt: file of its latents' "mean", "std"
+    num_heads: int = 0  # official ckpt; 0: the published model's
     n: Positive = 50_000  # images
     classes: tuple[int, ...] = ()  # in turn; empty: all
-    seed: int = 0  # image i's noise is a function of (seed, i)
+    seed: int = 0  # image i's noise: by (seed, i)
     batch_size: Positive = 128  # of each process
-    # VFM-VAE's and LightningDiT's solver of 64 epochs; of 560: --cfg_scale=4
+    # VFM-VAE's and LightningDiT's for 64 epochs; 560: --cfg_scale=4
     solver: Literal["euler", "heun", "ab2", "sde"] = "euler"  # ab2: Adams-Bashforth; sde: Euler-Maruyama
-    num_steps: Positive = 250  # times: one evaluation less (euler, ab2), twice that (heun), as many (sde)
+    num_steps: Positive = 250  # times; evaluations: one less (euler, ab2), twice that (heun), as many (sde)
     cfg_scale: float = 6.0  # guidance: 1 is none
-    cfg_interval: tuple[float, ...] = (0.125, 1.0)  # while it acts (0: noise, 1: data)
-    cfg_channels: int = 3  # on so many latent channels (0: all); not for sde
-    timestep_shift: float = 0.3  # s of t -> s t / (1 + (s - 1) t) (0: none); not for sde
+    cfg_interval: tuple[float, ...] = (0.125, 1.0)  # of its times (0: noise, 1: data)
+    cfg_channels: int = 3  # on so many latent channels (0: all); not sde
+    timestep_shift: float = 0.3  # s of t -> s t / (1 + (s - 1) t) (0: none); not sde
     cls_cfg_scale: float = 0.0  # guidance of REG's class token (0: none)
-    guide: str = ""  # a weaker model, in place of the unconditional half (autoguidance)
+    guide: str = ""  # a weaker model: autoguidance
     # machine and output
     compile: bool = torch.cuda.is_available()  # the model
     npz: bool = True  # also write OUT/samples.npz (ADM's format)
     bench: int = 0  # time so many guided evaluations
-    reconstruct: str = ""  # folder of images: reconstruct them, then stop
+    reconstruct: str = ""  # folder of images: just reconstruct them
 
 
 PLAIN = dict(cfg_interval=(0.0, 1.0), cfg_channels=0, timestep_shift=0.0)
@@ -60,7 +60,7 @@ PRESETS = dict(
 
 
 def tokenizer_beside(path, entries):
-    """The tokenizer that a diffusion checkpoint names, or one of that name beside it: the folder was moved."""
+    """The tokenizer that a diffusion checkpoint names, or one of that name beside it."""
     if "tokenizer" not in entries:
         raise UserError(f"{path} names no tokenizer: give --tokenizer=FILE")
     named = Path(entries["tokenizer"])
@@ -74,17 +74,17 @@ def load_pipeline(cfg, world):
         raise UserError(f"no diffusion model at {path}: run diffusion.py first, or give --ckpt")
     model = load_diffusion(path, **(dict(num_heads=cfg.num_heads) if cfg.num_heads else {}))
     guide = load_diffusion(cfg.guide) if cfg.guide else None
-    statistics = model.about
+    stats = model.about
     if cfg.latent_stats:
-        statistics = {f"latent_{key}": value for key, value in load_weights(cfg.latent_stats).items()}
-    if "latent_std" not in statistics:
-        raise UserError(f"{cfg.latent_stats or path} lacks the latents' mean and std: give --latent_stats=FILE")
-    mean, std = (statistics[key].float().flatten() for key in ("latent_mean", "latent_std"))
+        stats = {f"latent_{key}": value for key, value in load_weights(cfg.latent_stats).items()}
+    if "latent_std" not in stats:
+        raise UserError(f"{cfg.latent_stats or path} lacks the latents' mean and std: --latent_stats=FILE")
+    mean, std = (stats[key].float().flatten() for key in ("latent_mean", "latent_std"))
     if guide and not torch.equal(guide.about.get("latent_mean", mean), mean):
         raise UserError(f"--guide={cfg.guide} is of other latents")
     tokenizer = load_tokenizer(cfg.tokenizer or tokenizer_beside(path, model.about)).to(world.device)
     for net in filter(None, (model, guide)):
-        net.projectors = torch.nn.ModuleList()  # REPA's head only trains
+        net.projectors = torch.nn.ModuleList()  # only for training
         net.to(world.device)
         if cfg.compile:
             net.forward = torch.compile(net.forward, fullgraph=True, dynamic=False)
@@ -98,7 +98,7 @@ def write_png(path, pixels):
 
 
 def write_npz(path, paths):
-    """ADM's format, arr_0 uint8 [N, H, W, 3], from PNGs, one in memory at a time."""
+    """ADM's format, arr_0 uint8 [N, H, W, 3], from PNGs, one at a time."""
     shape = len(paths), *np.asarray(Image.open(paths[0])).shape
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -108,8 +108,8 @@ def write_npz(path, paths):
 
 
 def write_samples(cfg, world):
-    """OUT/samples/000000.png, ..., labels.json (class by file name), settings.json; OUT/samples.png, a grid of the
-    first; OUT/samples.npz. What is there already, of the same settings, stays."""
+    """OUT/samples/000000.png, ..., labels.json (class by file name), settings.json; OUT/samples.png, a grid;
+    OUT/samples.npz. What is there, of the same settings, stays."""
     model, guide, tokenizer, mean, std = load_pipeline(cfg, world)
     classes = cfg.classes or tuple(range(model.num_classes))
     if max(classes) > model.num_classes:
@@ -120,8 +120,9 @@ def write_samples(cfg, world):
     paths = [folder / f"{i:06d}.png" for i in range(cfg.n)]
     if world.rank == 0:
         settings = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
-        settings.update(cfg_interval=list(cfg.cfg_interval), num_heads=cfg.num_heads, classes=list(classes),
-                        weights=fingerprint(model, guide, tokenizer, mean, std))
+        settings.update(
+            cfg_interval=list(cfg.cfg_interval), num_heads=cfg.num_heads, classes=list(classes),
+            weights=fingerprint(model, guide, tokenizer, mean, std))
         there = set(folder.glob("*.png"))
         before = read_json(folder / "settings.json")
         if there and not before:
@@ -136,7 +137,7 @@ def write_samples(cfg, world):
         write_json(folder / "labels.json", {path.name: int(c) for path, c in zip(paths, y)})
     world.barrier()
     todo = [i for i, path in enumerate(paths) if not path.exists()]
-    world.barrier()  # everyone has looked before anyone writes
+    world.barrier()  # all have looked
     mine = todo[world.rank::world.size]
     rows = cfg.batch_size if cfg.compile else 16
     for k in trange(0, len(mine), cfg.batch_size, desc="samples", disable=world.rank > 0):
@@ -157,28 +158,28 @@ def write_samples(cfg, world):
 
 
 def reconstruct(cfg, world):
-    """Every image of a folder, cropped to the tokenizer's resolution, in OUT/originals, and decoded again, under the
-    same name, in OUT/reconstructions (for fid.py --pairs=1)."""
-    tokenizer = load_tokenizer(cfg.tokenizer or f"{cfg.out}/tokenizer.pt").to(world.device)
-    data = Images(cfg.reconstruct, "", tokenizer.resolution)
+    """Every image of a folder, cropped to the tokenizer's resolution, in OUT/originals, and decoded again in
+    OUT/reconstructions (for fid.py --pairs=1)."""
+    tok = load_tokenizer(cfg.tokenizer or f"{cfg.out}/tokenizer.pt").to(world.device)
+    data = Images(cfg.reconstruct, "", tok.resolution)
     names = [Path(os.fsdecode(path)).relative_to(cfg.reconstruct).with_suffix(".png") for path in data.source]
     originals = Path(cfg.out, "originals")
-    reconstructions = Path(cfg.out, "reconstructions")
-    left = {path.relative_to(reconstructions) for path in reconstructions.rglob("*.png")} - set(names)
+    copies = Path(cfg.out, "reconstructions")
+    left = {path.relative_to(copies) for path in copies.rglob("*.png")} - set(names)
     if left or len(set(names)) < len(names):
-        raise UserError(f"{reconstructions} holds other images, or two names differ only in the suffix")
+        raise UserError(f"{copies} holds other images, or two names differ only in the suffix")
     mine = range(len(names))[world.rank::world.size]
     batches = [list(mine[k:k + cfg.batch_size]) for k in range(0, len(mine), cfg.batch_size)]
     loader = make_loader(data, batches, world, workers=4)
     for batch, (pixels, _) in zip(batches, tqdm(loader, desc="reconstructing", disable=world.rank > 0)):
         with torch.inference_mode():
-            z, _ = tokenizer.encode(to_float(pixels.to(world.device)))  # [B, C, h, w]
-            decoded = to_uint8(tokenizer.decode(z)).cpu()
+            z, _ = tok.encode(to_float(pixels.to(world.device)))  # [B, C, h, w]
+            decoded = to_uint8(tok.decode(z)).cpu()
         for i, before, after in zip(batch, pixels, decoded):
             write_png(originals / names[i], before)
-            write_png(reconstructions / names[i], after)
+            write_png(copies / names[i], after)
     if world.rank == 0:
-        print(f"{len(names):,} images in {reconstructions}, {originals}")
+        print(f"{len(names):,} images in {copies}, {originals}")
 
 
 @torch.no_grad()
