@@ -87,7 +87,7 @@ class Config:
 PRESETS = dict(imagenet={}, toy=dict(
     data="shapes", workers=0, images=2_000, encode_batch=100, batch_size=32, log_interval=10, save_interval=500))
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # CKNNA: centered kernel nearest-neighbour alignment (arXiv 2405.07987), four functions
 
 def hsic(K, L):
@@ -126,7 +126,7 @@ def cknna(a, b, k=10):
     return compare_neighbourhoods(neighbourhood(a, k), neighbourhood(b, k)).item()
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # SE-CKNNA (VFM-VAE): the mean of CKNNA over conditions that keep an image's meaning, seen by both models
 
 SCALES = (1.0, 0.75, 0.5, 0.25)
@@ -170,7 +170,7 @@ def linear_probe(features, labels, ridge=1e-3):
     return (predicted == labels[1::2]).double().mean().item()
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Measuring checkpoints
 
 @dataclass
@@ -327,7 +327,7 @@ def report(paths, cfg, world, folder):
     print(f"in {folder}: align.json, align.png")
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Joint training
 
 class JointTrainer(Trainer):
@@ -500,7 +500,7 @@ def train_jointly(cfg, paths, world):
     return [before, after]
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # The study (which tokenizers diffuse well, at equal budgets?) and the sweep
 
 # Encoder, stages and losses alone differ: see STAGES["study"]. A blind VFM never saw classes.
@@ -697,7 +697,7 @@ def sweep(cfg, world):
     print(text)
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Charts
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")

@@ -124,7 +124,7 @@ SIZES = {  # depth, width, heads
     "toy": (4, 128, 4), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "1.0B": (24, 1536, 24),
     "1.6B": (28, 1792, 28)}
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # The transformer. Parameters are named as in LightningDiT's and REG's checkpoints
 
 class RMSNorm(nn.RMSNorm):
@@ -346,7 +346,7 @@ class DiT(nn.Module):
         return 2 * products
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # The flow: objective and solvers
 
 def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
@@ -512,7 +512,7 @@ def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, ro
     return tokenizer.decode(z[:max(16, len(y))]).float()[:len(y)]
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Checkpoints, ours and official
 
 def turn_round(weights):
@@ -580,7 +580,7 @@ def load_diffusion(path, **overrides):
     return model.eval()
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Training
 
 def model_arch(cfg, channels, side, num_classes, vfm_dim):
@@ -833,7 +833,7 @@ def bench(cfg, world):
     time_steps(title, step, cfg.bench, cfg.batch_size, 3 * parts[0].flops(), world)
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # The latent cache: memory-mapped; row 2 i is image i, 2 i + 1 its mirror image
 
 DTYPES = dict(  # NumPy has no bfloat16: its bits

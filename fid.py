@@ -72,7 +72,7 @@ NEEDS = dict(
     scaling="another --image_size")
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # The formulas
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -138,7 +138,7 @@ def precision_recall(reference, samples, k=3, block=1024):
     return share_inside(samples, reference), share_inside(reference, samples)
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Features: a network(uint8 [B, 3, H, W]) -> (features [B, D], spatial [B, S] or None, logits [B, K] or None)
 
 def resize_tf1(images, size):
@@ -279,7 +279,7 @@ def load_features(name, cache="out", device="cpu", inception=""):
     return net.to(device)
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Sets of images: len() and source[range], uint8 [b, 3, H, W]; a tensor is one
 
 class Folder:
@@ -377,7 +377,7 @@ def batches(source, world, batch_size=64, workers=0, title="images"):
         yield indices, images.to(world.device, non_blocking=True)
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # One pass over a set
 
 def moments(rows):
@@ -435,7 +435,7 @@ def judge(images, net, world, labels=None, reference=None, batch_size=64, title=
     return dict(images=len(images), fd=fd, agreement=agreement, statistics=stats)
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Pairs and tokenizers
 
 def note(world, text):
@@ -561,7 +561,7 @@ def evaluate(cfg, world):
         samples=cfg.tokenizer, reference=f"held-out {cfg.data}, {size} px", images=dict(pairs=len(source)), **means)
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Samples against a reference; the toy's
 
 KEPT = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "network", "source")  # ADM's files have the first four
@@ -673,7 +673,7 @@ def toy_table(cfg, net, world):
     return rows
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # The command
 
 def show_rows(rows):

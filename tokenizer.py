@@ -1,13 +1,13 @@
 """
-Tokenizers on vision foundation models (VFMs): the models that all stages share, and tokenizer training.
+Tokenizers on vision foundation models (VFMs): what all scripts share, and tokenizer training.
 
     python tokenizer.py  # toy: a VFM-VAE on drawn shapes, minutes on a laptop
     python tokenizer.py --method=aligntok  # AlignTok's three stages; also vavae, vae
-    python tokenizer.py --preset=imagenet  # the paper's recipe, data in data/imagenet/{train,val}
+    python tokenizer.py --preset=imagenet  # the paper's, on data/imagenet/{train,val}
     torchrun --nproc_per_node=8 tokenizer.py  # the same on eight GPUs
-    python tokenizer.py --bench=20  # time training steps of every stage on random data
+    python tokenizer.py --bench=20  # time steps of every stage on random data
 
-VFM-VAE (arXiv 2510.18457), with the shapes of its ImageNet model:
+VFM-VAE (arXiv 2510.18457) for ImageNet:
 
     image [3, 256, 256]
       |  ViT: resized to 512, frozen VFM (SigLIP2-L/16)
@@ -15,7 +15,7 @@ VFM-VAE (arXiv 2510.18457), with the shapes of its ImageNet model:
       |  LevelAdapter: each level -> 64 channels; space to depth; concatenated; fused
     mean, logvar [32, 16, 16]  --  sample -->  z [32, 16, 16]
       |  post_quant, mapping: decompressed to [512, 16, 16]; its mean becomes the style w [512]
-      |  LatentFusion, ConvNeXtLayer: fused into the first four blocks; w modulates every layer
+      |  LatentFusion, ConvNeXtLayer: fused into four blocks; w modulates every layer
     8 -> 16 -> 32 -> 64 -> 128 -> 256 px, an image at each; the last is the reconstruction [3, 256, 256]
 
 AlignTok (2509.25162): DINOv2-L, trained in its second stage -> PointwiseAdapter -> z -> LDM's decoder.
@@ -61,58 +61,58 @@ from tqdm import tqdm
 
 @dataclass
 class Config:
-    preset: str = ""  # imagenet or toy; imagenet where there is CUDA and data/imagenet/train
+    preset: str = ""  # imagenet (given CUDA and data/imagenet/train) or toy
     method: Literal["vfmvae", "aligntok", "vavae", "vae"] = "vfmvae"
     recipe: Literal["paper", "toy", "study"] = "paper"  # rows of STAGES
-    stage: int = 0  # this one alone, from the checkpoint of the one before; 0: all
-    out: str = "out"  # folder of checkpoints, logs, grids
-    cache: str = "out"  # folder of the toy's drawings, VFM and classifier, shared by all runs
-    resume: bool = True  # go on from OUT/tokenizer.pt if it is there
+    stage: int = 0  # this alone, from the one before's checkpoint; 0: all
+    out: str = "out"  # checkpoints, logs, grids
+    cache: str = "out"  # the toy's drawings, VFM, classifier, for all runs
+    resume: bool = True  # go on from OUT/tokenizer.pt
     seed: int = 0  # of weights, batches, noise
     # data
-    data: str = "data/imagenet"  # folder (of classes or flat, maybe in train/ and val/), shapes, CIFAR10
-    data_dir: str = "data"  # where torchvision's data sets lie
-    download: bool = False  # let torchvision download them
-    image_size: Positive = 256  # side of the training images
-    crop: bool = True  # augment: a random square of 0.5 to 1 of the short side
+    data: str = "data/imagenet"  # folder (flat or of classes), shapes, CIFAR10
+    data_dir: str = "data"  # torchvision's data sets
+    download: bool = False  # fetch them
+    image_size: Positive = 256  # side of images
+    crop: bool = True  # augment: a square of 0.5 to 1 of the short side
     flip: bool = True  # augment: mirror half of them
-    workers: int = 12  # data loading processes
+    workers: int = 12  # load data
     # encoder
-    vfm: str = ""  # name (dinov2_vitl14, ...) or file; empty: the method's
-    scale_factor: float = 0.0  # the VFM sees images of this times their size; 0: the method's
-    layers: tuple[int, ...] = (0, 12, -1)  # VFM-VAE's: 0 the embedding, i block i's output, -1 the normalised last
-    level_dim: Positive = 64  # channels of each level before fusion
+    vfm: str = ""  # name (dinov2_vitl14) or file; empty: the method's
+    scale_factor: float = 0.0  # images to the VFM are scaled by; 0: the method's
+    layers: tuple[int, ...] = (0, 12, -1)  # VFM-VAE's: 0 the embedding, i block i's output, -1 the last
+    level_dim: Positive = 64  # channels of each level
     z_dim: Positive = 32  # latent channels C
     downsample: Positive = 16  # f: image side / latent side
     # VFM-VAE's decoder
-    decoder: Literal["", "vfmvae", "ldm"] = ""  # empty: the method's own
-    post_factor: Positive = 16  # latent channels are decompressed by this
-    widths: tuple[int, ...] = (512, 512, 512, 512, 256, 128)  # of its blocks, coarse to fine, each twice as fine
-    fuse_dims: tuple[int, ...] = (512, 256, 128, 128)  # channels of the latent fused into its first blocks
-    attention: tuple[int, ...] = (2, 2, 2)  # self-attentions after its first blocks
-    num_res_blocks: int = 2  # ConvNeXt layers: 1 + 3 x this in the first four blocks, then 1 + 2 x this
+    decoder: Literal["", "vfmvae", "ldm"] = ""  # empty: the method's
+    post_factor: Positive = 16  # decompresses latent channels
+    widths: tuple[int, ...] = (512, 512, 512, 512, 256, 128)  # of its blocks, each twice as fine
+    fuse_dims: tuple[int, ...] = (512, 256, 128, 128)  # of the latent in its first blocks
+    attention: tuple[int, ...] = (2, 2, 2)  # layers after its first blocks
+    num_res_blocks: int = 2  # ConvNeXt layers: 1 + 3 x this in four blocks, then 1 + 2 x this
     w_dim: Positive = 512  # style width
     # LDM's encoder and decoder
     ch: Positive = 128  # base channels
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # their multiples, fine to coarse
-    ldm_blocks: Positive = 2  # residual blocks a level; one more in the decoder
-    ldm_attention: bool = True  # on the coarsest level, too
-    groups: Positive = 32  # of its GroupNorms; as many as channels would hide an image's mean colours
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # multiples, fine to coarse
+    ldm_blocks: Positive = 2  # a level; one more in the decoder
+    ldm_attention: bool = True  # on the coarsest level
+    groups: Positive = 32  # of GroupNorms; as many as channels hide mean colours
     # training
-    kimg: float = 0.0  # thousands of images over all stages; 0: as STAGES says
-    batch_size: Positive = 512  # images a step, over all processes
+    kimg: float = 0.0  # thousands of images, all stages; 0: as in STAGES
+    batch_size: Positive = 512  # images a step
     accumulate: Positive = 1  # micro-batches a step
-    cooldown: float = 0.0  # last share of the run, in which learning rates fall linearly to 0 (ours)
-    ema_kimg: float = 160.0  # half-life of the weights' moving average; at most 5% of the images seen
-    perceptual: str = "lpips"  # or the VFM on whose features its formula is used
-    lpips_weights: str = ""  # files of VGG16 and LPIPS, comma-separated; empty: the public ones
-    disc_vfm: str = "dino_vits16"  # the frozen ViT under the projected discriminator
+    cooldown: float = 0.0  # last share of the run: learning rates fall linearly to 0 (ours)
+    ema_kimg: float = 160.0  # half-life of the weights' average; at most 5% of the images seen
+    perceptual: str = "lpips"  # or the VFM to use its formula on
+    lpips_weights: str = ""  # files of VGG16, LPIPS, comma-separated; empty: public
+    disc_vfm: str = "dino_vits16"  # projected discriminator's frozen ViT
     ndf: Positive = 64  # PatchGAN's base channels
-    compile: bool = torch.cuda.is_available()  # torch.compile the networks
+    compile: bool = torch.cuda.is_available()  # torch.compile
     log_interval: Positive = 50  # steps
-    grid_interval: Positive = 2000  # steps between pictures of reconstructions
+    grid_interval: Positive = 2000  # steps between pictures
     save_interval: Positive = 2000  # steps between checkpoints
-    bench: int = 0  # time so many steps of each stage on random data
+    bench: int = 0  # time so many steps of each stage
 
 
 PRESETS = dict(
@@ -127,15 +127,15 @@ PRESETS = dict(
 
 @dataclass
 class Stage:
-    """One row of a recipe; a column that is left out is zero or off."""
+    """A row of a recipe."""
     name: str
-    kimg: float  # length, thousands of images
+    kimg: float  # thousands of images
     trains: str  # encoder (the VFM), adapter (or LDM's encoder), decoder, high (3 last blocks)
     lr: float = 1e-4  # Adam's, both networks
     encoder_lr: float = 1e-5  # ... of a VFM that is trained (ours)
     betas: tuple = (0.0, 0.99)
-    summed: bool = False  # pixel, perceptual and preservation terms are sums over C, H, W (LDM), not means
-    sample: bool = True  # decode a sample of the posterior, not its mean
+    summed: bool = False  # l1, lpips, preserve: sums over C, H, W (LDM), not means
+    sample: bool = True  # of the posterior, not its mean
     l1: float = 1.0
     lpips: float = 0.0
     ssim: float = 0.0
@@ -144,7 +144,7 @@ class Stage:
     kl: float = 0.0
     vf: float = 0.0  # times the adaptive weight
     vf_margins: tuple = (0.0, 0.0)  # of the similarity matrices, of the cosine
-    preserve: float = 0.0  # AlignTok's semantic preservation
+    preserve: float = 0.0  # AlignTok's
     dino: float = 0.0  # projected discriminator, hinge
     patch: float = 0.0  # PatchGAN, hinge
     multi: float = 0.0  # three-scale PatchGAN, least squares
@@ -158,10 +158,9 @@ class Stage:
         return getattr(self, name) * (images[0].numel() if summed else 1)
 
 
-# The papers' recipes. VFM-VAE: as published. VA-VAE: 130 epochs of ImageNet (1,281 kimg), then with margins; vae:
-# latent diffusion's losses for as long; LDM's GAN starts after 5,000 steps of 256. AlignTok: no KL, no sampling,
-# preservation with weight 1 (3 for text to image), by later notes on the paper; its lengths, its learning rates, and
-# preservation as a mean beside means over pixels are ours.
+# VFM-VAE: as published. VA-VAE: 130 epochs of ImageNet (1,281 kimg), then with margins; vae: latent diffusion's losses
+# for as long; LDM's GAN starts after 5,000 steps of 256. AlignTok: no KL, no sampling, preservation 1 (3 for text to
+# image), by later notes on the paper; its lengths, learning rates, and preservation's scale are ours.
 BOTH = "adapter decoder"
 ALL = "encoder adapter decoder"
 fusion = functools.partial(Stage, dino=1.0)
@@ -185,7 +184,7 @@ PAPER = dict(
 
 
 def short_rows(ldm, strong, weak):
-    """What the toy and the study (ours, 28 thousand images) share; strong, weak: VA-VAE's VF weights."""
+    """What toy and study (ours, 28 kimg) share; strong, weak: VA-VAE's VF weights."""
     return dict(
         aligntok=[
             ldm("latent alignment", 15.2, BOTH, sample=False),
@@ -198,7 +197,7 @@ def short_rows(ldm, strong, weak):
         vae=[ldm("reconstruction", 28.0, BOTH, kl=1e-6)])
 
 
-# The toy: high learning rates, low alignment and perceptual weights, no GAN. LDM's stay grey at VFM-VAE's rate.
+# High learning rates, low alignment and perceptual weights, no GAN. LDM's stay grey at VFM-VAE's rate.
 fusion = functools.partial(Stage, betas=(0.9, 0.99))
 ldm = functools.partial(Stage, summed=True, betas=(0.9, 0.9), lr=6e-4, encoder_lr=1.8e-4, lpips=0.01)
 TOY = dict(
@@ -208,8 +207,8 @@ TOY = dict(
         fusion("ssim", 0.8, "decoder", lr=1e-3, lpips=0.02, ssim=1.0)],
     **short_rows(ldm, 0.1, 0.02))
 
-# The study (`align.py --study=1`): one optimizer, a learning rate at which all learn, no loss that looks at a VFM but
-# the methods' own, and VFM-VAE's first VF weight lowered from 5, which would hold its images at 15 dB.
+# `align.py --study=1`: one optimizer, a learning rate at which all learn, no loss on a VFM but the methods' own, and
+# VFM-VAE's first VF weight lowered from 5, which would hold its images at 15 dB.
 fusion = functools.partial(Stage, betas=(0.9, 0.99), lr=6e-4, encoder_lr=1.8e-4)
 ldm = functools.partial(fusion, summed=True)
 STUDY = dict(
@@ -222,7 +221,7 @@ STUDY = dict(
 STAGES = dict(paper=PAPER, toy=TOY, study=STUDY)
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # The vision foundation model
 
 class ViTAttention(nn.Module):
@@ -240,7 +239,7 @@ class ViTAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """activation: gelu, gelu_tanh, or swiglu (DINOv2-g): SiLU of one half of the first layer times the other."""
+    """activation: gelu, gelu_tanh, swiglu (DINOv2-g): SiLU of one half times the other."""
 
     def __init__(self, dim, hidden, activation="gelu"):
         super().__init__()
@@ -268,10 +267,10 @@ class LayerScale(nn.Module):
 class ViTBlock(nn.Module):
     def __init__(self, dim, num_heads, hidden, activation, layer_scale):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, 1e-6)
         self.attn = ViTAttention(dim, num_heads)
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, 1e-6)
         self.mlp = MLP(dim, hidden, activation)
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
@@ -288,17 +287,16 @@ NORMALIZATION = dict(  # mean and std of [0, 1]
 class ViT(nn.Module):
     """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE.
 
-    vit(images [B, 3, H, W] in [-1, 1], layers=(0, 12, -1), cls=False) -> one [B, N, D] per layer: 0 the embedding
-    before the first block, i block i's output, -1 the last one's after the final norm; patch tokens row-major, without
-    registers (cls=True: behind the class token, if any). H and W: multiples of the patch size; positions are resized
-    bicubically. It normalises but does not resize: see `resize`."""
+    vit(images [B, 3, H, W] in [-1, 1], layers=(0, 12, -1), cls=False) -> one [B, N, D] per layer: 0 the embedding, i
+    block i's output, -1 the normalised last; patch tokens row-major, without registers (cls=True: behind the class
+    token). H, W: multiples of the patch size; positions are resized bicubically."""
 
     def __init__(
             self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_hidden=3072,
             activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False,
             normalize="imagenet", interpolation="bilinear", antialias=False):
         super().__init__()
-        self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.image_size = image_size
         self.patch_size = patch_size
         self.embed_dim = self.level0_dim = embed_dim
@@ -313,13 +311,13 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.randn(1, positions, embed_dim) * 0.02)
         block = embed_dim, num_heads, mlp_hidden, activation, layer_scale
         self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(embed_dim, 1e-6)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION[normalize])
         self.register_buffer("input_scale", 0.5 / std, persistent=False)  # (x / 2 + 1 / 2 - mean) / std
         self.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
 
     def resize(self, images, size=None, scale=None):
-        """To `size` (height, width), by `scale`, or to the model's own size."""
+        """To `size` (H, W), by `scale`, or to the model's."""
         if scale:
             size = [round(side * scale) for side in images.shape[-2:]]
         size = tuple(size or (self.image_size, self.image_size))
@@ -328,8 +326,8 @@ class ViT(nn.Module):
         return F.interpolate(images, size, mode=self.interpolation, antialias=size[0] < images.shape[-2])
 
     def embed(self, x):
-        """Normalised images -> patch tokens [B, N, D], level 0 where it is another."""
-        return self.patch_embed["proj"](x).flatten(2).transpose(1, 2), None
+        """-> patch tokens [B, N, D], level 0 where it is another."""
+        return self.patch_embed["proj"](x).flatten(2).mT, None
 
     def positions(self, h, w):
         n = self.pos_embed.shape[1] - self.class_position
@@ -338,7 +336,7 @@ class ViT(nn.Module):
             return self.pos_embed  # [1, (1 +) N, D]
         grid = self.pos_embed[:, -n:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
         grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=self.antialias)
-        return torch.cat([self.pos_embed[:, :-n], grid.flatten(2).transpose(1, 2)], 1)
+        return torch.cat([self.pos_embed[:, :-n], grid.flatten(2).mT], 1)
 
     def forward(self, images, layers=(-1,), cls=False):
         x = images * self.input_scale + self.input_shift  # [B, 3, H, W]
@@ -365,7 +363,7 @@ class ViT(nn.Module):
 
 
 def vfm_table():
-    """name -> (address of the official weights, ViT arguments)."""
+    """name -> (address of the weights, ViT arguments)."""
 
     def size(dim, depth, heads, hidden):
         return dict(embed_dim=dim, depth=depth, num_heads=heads, mlp_hidden=hidden)
@@ -402,14 +400,12 @@ VFMS = vfm_table()
 
 
 def vit_from(config):
-    """A ViT from its `config`."""
     return ToyViT(**config) if "stem" in config else ViT(**config)
 
 
 def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
-    """A frozen ViT in eval mode: "toy" or "toy-blind" (trained when first needed, kept in `cache`), a name in VFMS (the
-    official file, fetched once) or such a file's path; pretrained=False: a name's random weights. `overrides`: ViT
-    arguments that a state dict does not show (`num_heads`)."""
+    """A frozen ViT: "toy", "toy-blind" (trained when first needed, kept in `cache`), a name in VFMS (fetched once) or a
+    file; pretrained=False: a name's random weights. `overrides`: what a state dict does not show (num_heads)."""
     name = str(name_or_path)
     url, config = VFMS.get(name, (name, {}))
     state = None
@@ -419,25 +415,24 @@ def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
             state = toy_vfm_weights(name, cache)
     elif pretrained or not config:
         if not config and not name.startswith("http") and not os.path.exists(name):
-            raise UserError(f"no VFM {name}: neither a file nor one of {', '.join([*TOY_VFMS, *VFMS])}")
+            raise UserError(f"no VFM {name}: neither file nor one of {', '.join([*TOY_VFMS, *VFMS])}")
         state = load_weights(url)
         try:
             state = to_vit_keys(state.get("teacher", state.get("model", state)))
             config = {**vit_config(state), **config}
         except (KeyError, AttributeError, ValueError) as error:
-            raise UserError(f"{name} holds no ViT that load_vfm knows: it lacks or misshapes {error}")
+            raise UserError(f"{name} holds no known ViT: it lacks or misshapes {error}")
     vit = vit_from({**config, **overrides})
     if state is not None:
         load_state(vit, state, name)
     return vit.requires_grad_(False).eval()
 
 
-# -----------------------------------------------------------------------------
-# Adapters: VFM features -> moments of the latent (VFM-VAE section 3.1; AlignTok section 3)
+# --------------------------------------
+# Adapters: VFM features -> moments of the latent (VFM-VAE, section 3.1; AlignTok, section 3)
 
 class ProjectionAttention(nn.Module):
-    """Attention that changes the width: narrowing, heads are averaged, then pooled to d_out if need be; else they are
-    concatenated."""
+    """Narrowing, heads are averaged, then pooled to d_out if need be; else they are concatenated."""
 
     def __init__(self, d_in, d_out, num_heads):
         super().__init__()
@@ -464,7 +459,7 @@ class ProjectionAttention(nn.Module):
 class GatedMLP(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, 1e-6)
         self.w0 = nn.Linear(dim, 2 * dim)
         self.w1 = nn.Linear(dim, 2 * dim)
         self.w2 = nn.Linear(2 * dim, dim)
@@ -497,7 +492,7 @@ class AttnProjection(nn.Module):
 
 
 class LevelAdapter(nn.Module):
-    """VFM-VAE's: each level D_i -> d_i, space to depth onto the latent grid, concatenated, -> 2 C moments."""
+    """VFM-VAE's: each level D_i -> d_i, space to depth, concatenated, -> 2 C moments."""
 
     def __init__(self, in_dims, level_dims, fold, z_dim):
         super().__init__()
@@ -508,10 +503,10 @@ class LevelAdapter(nn.Module):
 
     def forward(self, features, grid):  # levels, each [B, N, D_i]; (h, w)
         levels = [level(tokens) for level, tokens in zip(self.levels, features)]  # each [B, N, d_i]
-        x = torch.cat(levels, 2).transpose(1, 2)  # [B, d, N]
+        x = torch.cat(levels, 2).mT  # [B, d, N]
         x = x.unflatten(2, [side * self.fold for side in grid])  # [B, d, h fold, w fold]
-        x = F.pixel_unshuffle(x, self.fold).flatten(2).transpose(1, 2)  # [B, h w, d fold^2]
-        return self.fuse(x).transpose(1, 2).unflatten(2, grid)  # [B, 2 C, h, w]
+        x = F.pixel_unshuffle(x, self.fold).flatten(2).mT  # [B, h w, d fold^2]
+        return self.fuse(x).mT.unflatten(2, grid)  # [B, 2 C, h, w]
 
     def last_weight(self):  # at which gradients are compared
         return self.fuse.mlp.w2.weight
@@ -526,13 +521,13 @@ class PointwiseAdapter(nn.Module):
         self.net = nn.Sequential(nn.LayerNorm(in_dim), *layers)
 
     def forward(self, features, grid):  # levels, each [B, N, D]; (h, w)
-        return self.net(features[-1]).transpose(1, 2).unflatten(2, grid)  # [B, 2 C, h, w]
+        return self.net(features[-1]).mT.unflatten(2, grid)  # [B, 2 C, h, w]
 
     def last_weight(self):
         return self.net[-1].weight
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # VFM-VAE's decoder: style, multi-scale latent fusion, progressive resolution reconstruction (section 3.2)
 
 def pointwise(d_in, d_out, bias=True):
@@ -544,7 +539,7 @@ def depthwise(dim, kernel, bias=True):
 
 
 class EqualLinear(nn.Module):
-    """StyleGAN's linear layer (arXiv 1812.04948, appendix C): W lr_mul / sqrt(in) x + b lr_mul."""
+    """StyleGAN's (arXiv 1812.04948, appendix C): W lr_mul / sqrt(in) x + b lr_mul."""
 
     def __init__(self, d_in, d_out, lr_mul=1.0, bias_init=0.0):
         super().__init__()
@@ -557,7 +552,7 @@ class EqualLinear(nn.Module):
 
 
 class Style(nn.Module):
-    """w [B, w_dim] -> a scale for each input channel [B, C]."""
+    """w [B, w_dim] -> scales of input channels [B, C]."""
 
     def __init__(self, w_dim, channels):
         super().__init__()
@@ -569,7 +564,7 @@ class Style(nn.Module):
 
 
 class LatentFusion(nn.Module):
-    """The decompressed latent at a block's input resolution: folded space to depth, or unfolded."""
+    """The decompressed latent at a block's resolution: space to depth, or the reverse."""
 
     def __init__(self, z_dim, dim, fold, unfold):
         super().__init__()
@@ -631,12 +626,12 @@ class ConvNeXtLayer(nn.Module):
     def forward(self, x, w):  # [B, C, h, w], [B, w_dim]
         s = self.style(w)  # [B, C]
         weight = self.pwconv1.weight  # [4 C, C, 1, 1]
-        demodulation = torch.rsqrt(F.linear(s.square(), weight.flatten(1).square()) + 1e-8)  # [B, 4 C]
+        demod = torch.rsqrt(F.linear(s.square(), weight.flatten(1).square()) + 1e-8)  # [B, 4 C]
         y = self.noise(self.dwconv(x))
         y = F.group_norm(y, self.norm.num_groups, eps=self.norm.eps)
         y = torch.addcmul((self.norm.bias * s)[..., None, None], y, (self.norm.weight * s)[..., None, None])
         y = F.conv2d(y, weight)  # [B, 4 C, h, w]
-        y = F.gelu(torch.addcmul(self.pwconv1.bias[:, None, None], y, demodulation[..., None, None]))
+        y = F.gelu(torch.addcmul(self.pwconv1.bias[:, None, None], y, demod[..., None, None]))
         return torch.addcmul(x, self.pwconv2(y), self.gamma)  # [B, C, h, w]
 
 
@@ -652,7 +647,7 @@ class ChannelNorm(nn.Module):
 
 
 class DecoderAttention(nn.Module):
-    """Self-attention over positions with a learned null key and value, then a pointwise MLP; both start at zero."""
+    """Self-attention with a learned null key and value, then a pointwise MLP; both start at zero."""
     num_heads = 8
 
     def __init__(self, dim):
@@ -670,7 +665,7 @@ class DecoderAttention(nn.Module):
         nn.init.zeros_(self.ff[3].weight)
 
     def heads(self, x):
-        return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)  # [B, heads, h w, C / heads]
+        return x.flatten(2).unflatten(1, (self.num_heads, -1)).mT  # [B, heads, h w, C / heads]
 
     def forward(self, x):  # [B, C, h, w]
         y = self.norm(x)
@@ -679,12 +674,12 @@ class DecoderAttention(nn.Module):
         k = torch.cat([null_k, k], 2)  # [B, heads, 1 + h w, d]
         v = torch.cat([null_v, v], 2)
         y = F.scaled_dot_product_attention(q, k, v)  # [B, heads, h w, d]
-        x = x + self.to_out(y.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:]))
+        x = x + self.to_out(y.mT.flatten(1, 2).unflatten(2, x.shape[2:]))
         return x + self.ff(x)
 
 
 class ToRGB(nn.Module):
-    """Modulated pointwise layer to three channels, without demodulation."""
+    """Modulated, without demodulation."""
 
     def __init__(self, dim, w_dim):
         super().__init__()
@@ -698,7 +693,7 @@ class ToRGB(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Twice the resolution: x [B, d_in, h, w], the sum of the blocks before -> x, sum [B, dim, 2 h, 2 w]."""
+    """x [B, d_in, h, w], the sum of the blocks before -> x, sum [B, dim, 2 h, 2 w]."""
 
     def __init__(self, index, d_in, dim, w_dim, layers, attentions, sum_in, noise_size):
         super().__init__()
@@ -719,13 +714,12 @@ class DecoderBlock(nn.Module):
 
 
 class VFMVAEDecoder(nn.Module):
-    """Latents [B, C, h, w] -> images, as a list from the coarsest to the finest (`scales=True`) or the finest alone.
-    Arguments: see Config."""
+    """Latents [B, C, h, w] -> the finest image, or a list, coarse to fine (`scales=True`). Arguments: see Config."""
 
     def __init__(self, z_dim, downsample, post_factor, widths, fuse_dims, attention, num_res_blocks, w_dim,
                  noise_sizes=()):
         super().__init__()
-        self.granularity = 2 ** len(widths) // downsample  # the latent grid must be a multiple of it
+        self.granularity = 2 ** len(widths) // downsample  # divides latent grids
         if not self.granularity:
             raise UserError(f"{len(widths)} --widths are too few for --downsample={downsample}")
         dim = post_factor * z_dim
@@ -749,12 +743,12 @@ class VFMVAEDecoder(nn.Module):
 
     def decompress(self, z):
         """-> decompressed latent [B, post_factor C, h, w], style w [B, w_dim]"""
-        h = self.post_quant(z.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, z.shape[2:])
+        h = self.post_quant(z.flatten(2).mT).mT.unflatten(2, z.shape[2:])
         pooled = h.mean((2, 3))
         return h, self.mapping(pooled * torch.rsqrt(pooled.square().mean(1, keepdim=True) + 1e-8))
 
     def body(self, z):
-        """-> the sum after each block, coarse to fine, and w: all but the layers at which gradients are compared."""
+        """-> the sum after each block, w: all but the layers at which gradients are compared."""
         h, w = self.decompress(z)
         x = x_sum = None
         sums = []
@@ -776,20 +770,20 @@ class VFMVAEDecoder(nn.Module):
         return self.blocks[-1].to_rgb.weight
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # The tokenizer
 
 class Tokenizer(nn.Module):
     """encode: images [B, 3, H, W] in [-1, 1] -> mean, logvar [B, C, H/f, W/f]; decode: latents -> images.
 
-    The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, else AlignTok's) or LDM's; arguments of modules
-    are dictionaries. H and W: see `check_size`. Tokenizer(**tokenizer.arch) is the same model."""
+    The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, else AlignTok's) or LDM's; modules' arguments
+    are dictionaries. Tokenizer(**tokenizer.arch) is the same model."""
 
     def __init__(
             self, resolution=256, downsample=16, z_dim=32, vfm=None, layers=(0, 12, -1), scale_factor=2.0,
             level_dims=None, adapter_hidden=0, encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0):
         super().__init__()
-        self.arch = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.resolution = resolution
         self.downsample = downsample
         self.z_dim = z_dim
@@ -797,7 +791,7 @@ class Tokenizer(nn.Module):
         self.scale_factor = scale_factor
         self.vfm = None
         if vfm:
-            self.vfm = vit_from(vfm).eval()  # its BatchNorms keep their statistics, also while it trains
+            self.vfm = vit_from(vfm).eval()  # BatchNorms keep their statistics, also in training
             dim = self.vfm.embed_dim
             if min(layers) < -1 or max(layers) > self.vfm.depth:
                 raise UserError(f"layers {layers}: this VFM has 0 to {self.vfm.depth}, and -1")
@@ -818,7 +812,7 @@ class Tokenizer(nn.Module):
         self.vf_proj = pointwise(z_dim, vf_dim, bias=False) if vf_dim else None  # for the VF loss alone
 
     def features(self, images):
-        """What the adapter reads: the VFM's levels, or the images themselves."""
+        """What the adapter reads: the VFM's levels, or images."""
         if self.vfm is None:
             return images
         return self.vfm(self.vfm.resize(images, scale=self.scale_factor), self.layers)
@@ -828,8 +822,8 @@ class Tokenizer(nn.Module):
         patch = self.vfm.patch_size if self.vfm else 1
         for side in (height, width):
             if side % f or round(side * self.scale_factor) % patch:
-                raise UserError(f"{height} x {width}: sides must be multiples of {f}, scaled by {self.scale_factor:g} "
-                                f"of {patch}")
+                scale = self.scale_factor
+                raise UserError(f"{height} x {width}: sides must be multiples of {f}, times {scale:g} of {patch}")
 
     def moments(self, features, height, width):
         return self.adapter(features, (height // self.downsample, width // self.downsample))  # [B, 2 C, h, w]
@@ -847,31 +841,31 @@ class Tokenizer(nn.Module):
 
 
 def vfm_of(cfg):
-    """(name, scale factor) of the VFM that the method uses: the configured one, or the paper's."""
+    """(name, scale factor) of the method's VFM: the configured, or the paper's."""
     name, scale = ("siglip2-large-patch16-512", 2.0) if cfg.method == "vfmvae" else ("dinov2_vitl14", 0.875)
     return cfg.vfm or name, cfg.scale_factor or scale
 
 
 def build_tokenizer(cfg, pretrained=True):
-    """-> the untrained Tokenizer of a Config, its VFM pretrained, and the VF loss's VFM if another."""
+    """-> an untrained Tokenizer (its VFM pretrained), the VF loss's VFM if another."""
     name, scale = vfm_of(cfg)
     on_vfm = cfg.method in ("vfmvae", "aligntok")
     vf = any(stage.vf for stage in stages_of(cfg))
     vfm = load_vfm(name, cfg.cache, pretrained) if vf or on_vfm else None
     kind = cfg.decoder or ("vfmvae" if cfg.method == "vfmvae" else "ldm")
-    convolutions = dict(
+    convs = dict(
         ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.ldm_blocks, groups=cfg.groups,
         attn_levels=(len(cfg.ch_mult) - 1,) if cfg.ldm_attention else ())
     arch = dict(
         resolution=cfg.image_size, downsample=cfg.downsample, z_dim=cfg.z_dim, decoder_kind=kind,
-        decoder=convolutions, vf_dim=vfm.embed_dim if vf else 0)
+        decoder=convs, vf_dim=vfm.embed_dim if vf else 0)
     if kind == "vfmvae":
         names = ("post_factor", "widths", "fuse_dims", "attention", "num_res_blocks", "w_dim")
         arch["decoder"] = {name: getattr(cfg, name) for name in names}
     if on_vfm:
         arch.update(vfm=vfm.config, scale_factor=scale, layers=(-1,))
     else:
-        arch.update(encoder=convolutions, scale_factor=1.0)
+        arch.update(encoder=convs, scale_factor=1.0)
     if cfg.method == "vfmvae":
         arch.update(layers=cfg.layers, level_dims=(cfg.level_dim,) * len(cfg.layers))
         if cfg.layers[-1:] != (-1,):
@@ -879,17 +873,17 @@ def build_tokenizer(cfg, pretrained=True):
     if (kind == "ldm" or not on_vfm) and 2 ** (len(cfg.ch_mult) - 1) != cfg.downsample:
         raise UserError(f"--ch_mult of {len(cfg.ch_mult)} levels does not downsample by {cfg.downsample}")
     try:
-        tokenizer = Tokenizer(**arch)
-    except ValueError as error:  # of channels that groups or heads do not divide
-        raise UserError(f"no network has these widths: {error}")
-    tokenizer.check_size(cfg.image_size, cfg.image_size)
+        tok = Tokenizer(**arch)
+    except ValueError as error:  # groups, heads
+        raise UserError(f"no network has such widths: {error}")
+    tok.check_size(cfg.image_size, cfg.image_size)
     if on_vfm:
-        tokenizer.vfm = vfm
-        vfm = None  # the loss reads the encoder's own features
-    return tokenizer, vfm
+        tok.vfm = vfm
+        vfm = None  # the loss reads the encoder's
+    return tok, vfm
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Losses on latents
 
 def kl_loss(mean, logvar):
@@ -898,19 +892,18 @@ def kl_loss(mean, logvar):
 
 
 def vf_loss(projected, features, margin_matrix=0.0, margin_cos=0.0):
-    """VA-VAE's vision foundation model loss (arXiv 2501.01423, section 3.2), VFM-VAE's representation regularisation:
-    how far projected latents [B, D, h, w] are from the VFM's tokens [B, N, D], pooled to the latent grid, in their
-    cosines over all pairs of tokens, plus token by token."""
+    """VA-VAE's VF loss (arXiv 2501.01423, section 3.2), VFM-VAE's representation regularisation: projected latents
+    [B, D, h, w] against the VFM's tokens [B, N, D], pooled to their grid: cosines over all pairs, and one by one."""
     side = math.isqrt(features.shape[1] * projected.shape[2] // projected.shape[3])
-    target = features.detach().float().transpose(1, 2).unflatten(2, (side, -1))  # [B, D, H, W]
+    target = features.detach().float().mT.unflatten(2, (side, -1))  # [B, D, H, W]
     f = F.normalize(F.adaptive_avg_pool2d(target, projected.shape[2:]).flatten(2), dim=1)  # [B, D, h w]
     z = F.normalize(projected.float().flatten(2), dim=1)  # [B, D, h w]
-    matrix = F.relu((z.transpose(1, 2) @ z - f.transpose(1, 2) @ f).abs() - margin_matrix).mean()
+    matrix = F.relu((z.mT @ z - f.mT @ f).abs() - margin_matrix).mean()
     return matrix + F.relu(1 - margin_cos - (z * f).sum(1)).mean()
 
 
 def adaptive_weight(loss, other, weight, most):
-    """LDM's weight of `other` beside `loss` (arXiv 2012.09841, eq. 7): the ratio of their gradients at one layer."""
+    """LDM's weight of `other` beside `loss` (arXiv 2012.09841, eq. 7): their gradients' ratio at a layer."""
     norms = [torch.autograd.grad(each, weight, retain_graph=True)[0].float().norm() for each in (loss, other)]
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=most)
 
@@ -921,9 +914,8 @@ def stand_in(x, grad):
 
 
 def draw_equivariance(seed, step, grid, granularity):
-    """VFM-VAE's equivariance regularisation of one batch, the same on all processes -> (kind, scale, quarter turns):
-    with probability 0.5 the "latent" is scaled and rotated, otherwise with 0.25 the "image" is shrunk, else None; by
-    scales that the decoder's grid admits."""
+    """VFM-VAE's equivariance regularisation of a batch, alike on all processes -> (kind, scale, quarter turns): with
+    probability 0.5 the "latent" is scaled and rotated, otherwise with 0.25 the "image" shrunk, else None."""
     rng = np.random.default_rng((seed, step, 1))
     latent = rng.uniform() < 0.5
     scales = (0.25, 0.5, 0.75, 1.0) if latent else (0.25, 0.5, 0.75)
@@ -935,29 +927,29 @@ def draw_equivariance(seed, step, grid, granularity):
     return None, 1.0, 0
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Training
 
 class Trainer:
-    """One tokenizer's training, shared by `train` and align.py's joint training."""
+    """One tokenizer's training, alone or joint (align.py)."""
 
     def objective(self, images, images_seen=0):
-        """The loss of images [B, 3, H, W] in plain form; `generator_step` computes its gradients."""
+        """The loss of images [B, 3, H, W]; `generator_step` computes its gradients."""
         stage, tok = self.stage, self.tokenizer
         mean, logvar, features = self.encode(images)
         z = self.draw_latent(mean, logvar)
         outputs = self.decode(z, images_seen)
-        reconstruction, _ = self.reconstruction_loss(outputs, images)  # L1, LPIPS, SSIM, multi-resolution
-        loss = reconstruction + stage.kl * kl_loss(mean, logvar)
+        rec, _ = self.reconstruction_loss(outputs, images)
+        loss = rec + stage.kl * kl_loss(mean, logvar)
         if stage.preserve:
             loss = loss + stage.weight("preserve", images) * self.preserve_loss(images, mean)
         if stage.vf:
             vf = vf_loss(tok.vf_proj(z), features[-1], *stage.vf_margins)
-            loss = loss + stage.vf * adaptive_weight(reconstruction, vf, tok.adapter.last_weight(), 1e8) * vf
+            loss = loss + stage.vf * adaptive_weight(rec, vf, tok.adapter.last_weight(), 1e8) * vf
         if self.gan and images_seen >= self.gan_start:
             gan, _ = self.adversarial_loss(outputs[-1], images)
             if stage.gan_adaptive:
-                gan = adaptive_weight(reconstruction, gan / stage.patch, tok.decoder.last_weight(), 1e4) * gan
+                gan = adaptive_weight(rec, gan / stage.patch, tok.decoder.last_weight(), 1e4) * gan
             loss = loss + gan
         return loss
 
@@ -965,7 +957,7 @@ class Trainer:
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.world = world
-        self.target_vfm = vfm  # of the VF loss, where the encoder is none
+        self.target_vfm = vfm  # where the encoder is none
         self.length_scale = length_scale
         self.pretrained = pretrained
         self.stage = self.anchor = self.gan = self.perceptual_net = None
@@ -987,7 +979,7 @@ class Trainer:
                     module.body = torch.compile(module.body, dynamic=False)
 
     def start_stage(self, stage):
-        """Freezes and unfreezes, makes the discriminators and both optimizers."""
+        """Freezes, unfreezes, makes discriminators and optimizers."""
         cfg, device = self.cfg, self.world.device
         self.stage = stage
         self.multires_end = stage.multires_kimg * 1000 * self.length_scale  # images
@@ -1013,16 +1005,16 @@ class Trainer:
                 self.gan.dino.vit.compile(dynamic=False)
         if not stage.preserve:
             self.anchor = None
-        elif self.anchor is None:  # the frozen stage-1 encoder of AlignTok's semantic preservation loss
-            without_decoder = {id(self.tokenizer.decoder): None}
-            self.anchor = copy.deepcopy(self.tokenizer, without_decoder).requires_grad_(False)
+        elif self.anchor is None:  # AlignTok's frozen stage-1 encoder
+            memo = {id(self.tokenizer.decoder): None}
+            self.anchor = copy.deepcopy(self.tokenizer, memo).requires_grad_(False)
             if cfg.compile:
                 self.anchor.vfm.compile(dynamic=False)
 
     def adopt(self, averages):
-        """At a stage's beginning: what it freezes, and AlignTok's anchor, become the averages."""
+        """At a stage's start what it freezes, and the anchor, become the averages."""
         trained = {name for name, p in self.tokenizer.named_parameters() if p.requires_grad}
-        frozen = {name: value for name, value in averages.items() if name not in trained}
+        frozen = {k: v for k, v in averages.items() if k not in trained}
         self.tokenizer.load_state_dict(frozen, strict=False)
         if self.anchor:
             self.anchor.load_state_dict(averages, strict=False)
@@ -1035,7 +1027,7 @@ class Trainer:
         return entries
 
     def load_state_dict(self, entries, same_stage=True):
-        """After `start_stage`, from a checkpoint's entries, all but the model."""
+        """After `start_stage`: all but the model."""
         for name in ("anchor", "gan"):
             part = getattr(self, name)
             if part and entries[name]:
@@ -1046,14 +1038,14 @@ class Trainer:
                 load_moments(self.gan_optimizer, entries["gan_optimizer"])
 
     def set_lr(self, progress):
-        """The stage's learning rates, cooled down at the end; `progress`: of the whole run, 0 to 1."""
+        """`progress`: of the whole run, 0 to 1."""
         factor = min(1, (1 - progress) / self.cfg.cooldown) if self.cfg.cooldown else 1
         for optimizer in filter(None, (self.optimizer, self.gan_optimizer)):
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
 
     def encode(self, images):
-        """-> mean, logvar [B, C, h, w], the VFM's levels, whose last the VF loss reads (None for the plain VAE)."""
+        """-> mean, logvar [B, C, h, w], the VFM's levels (None for the plain VAE)."""
         vfm = self.target_vfm
         with self.world.autocast():
             features = self.tokenizer.features(images)
@@ -1063,7 +1055,7 @@ class Trainer:
         return mean, logvar, features
 
     def decode(self, z, images_seen):
-        """-> list of images, coarse to fine while the multi-resolution loss is on, else the finest alone."""
+        """-> images, coarse to fine while the multi-resolution loss is on, else the finest."""
         scales = images_seen < self.multires_end
         with self.world.autocast():
             outputs = self.tokenizer.decoder(z, scales=scales)
@@ -1073,14 +1065,14 @@ class Trainer:
         return mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if self.stage.sample else mean
 
     def preserve_loss(self, images, mean):
-        """AlignTok's: the distance of the latents from those of the frozen first-stage encoder."""
+        """AlignTok's: the distance from the anchor's latents."""
         with self.world.autocast():
             anchor, _ = self.anchor.posterior(self.anchor.features(images), *images.shape[-2:])
         return F.mse_loss(mean, anchor)
 
     def latent_losses(self, images, labels, z, mean, logvar, features, whole):
-        """Losses that reach the encoder without the decoder -> values, weighted sum of KL and preservation, VF loss or
-        None. `images` as encoded; `whole` as read, with `labels`: for joint training's diffusion model."""
+        """Losses that bypass the decoder -> values, weighted sum of KL and preservation, VF loss or None. `images`: as
+        encoded; `whole` (as read), `labels`: for joint training."""
         stage = self.stage
         values = {}
         if stage.kl:
@@ -1096,14 +1088,14 @@ class Trainer:
         return values, fixed, vf
 
     def weigh(self, values, images):
-        """The sum of the losses, each times its column's weight."""
+        """The weighted sum."""
         total = images.new_zeros((), requires_grad=True)
         for name, value in values.items():
             total = total + self.stage.weight(name, images) * value
         return total
 
     def reconstruction_loss(self, outputs, target):
-        """Pixel, perceptual, SSIM and multi-resolution terms of the decoder's scales -> (weighted sum, values)."""
+        """Of the decoder's scales -> (weighted sum, values)."""
         stage, fake = self.stage, outputs[-1]
         values = {}
         if stage.l1:
@@ -1119,7 +1111,7 @@ class Trainer:
         return self.weigh(values, target), values
 
     def adversarial_loss(self, fake, target):
-        """The discriminators' losses -> (weighted sum, values)."""
+        """-> (weighted sum, values)."""
         self.gan.requires_grad_(False)
         with self.world.autocast():
             values = self.gan.generator_loss(fake, target)
@@ -1128,8 +1120,8 @@ class Trainer:
     def generator_step(self, images, labels, step, images_seen, share=1.0):
         """Accumulates `share` times the objective's gradients on one (micro-)batch -> (losses, fake, target).
 
-        The graph is cut at the latent and at the images: losses on images are walked back once, LDM's adaptive weight
-        costs its last layer alone, and the VF loss's, if there is a GAN, one walk more through the decoder."""
+        The graph is cut at latent and images: losses on images are walked back once, LDM's adaptive weight costs its
+        last layer alone, the VF loss's, beside a GAN, one walk more through the decoder."""
         stage, tok = self.stage, self.tokenizer
         kind = None
         if stage.equivariance:
@@ -1141,7 +1133,7 @@ class Trainer:
         mean, logvar, features = self.encode(images)
         z = moved = self.draw_latent(mean, logvar)
         target = images
-        if kind == "latent":  # one memory layout, whatever the turn: compiled once
+        if kind == "latent":  # one memory layout: compiled once
             target = torch.rot90(shrink(images, scale), turns, (2, 3)).contiguous()
             moved = torch.rot90(shrink(z, scale, antialias=False), turns, (2, 3))
             moved = moved.contiguous(memory_format=torch.channels_last)
@@ -1150,27 +1142,27 @@ class Trainer:
 
         # gradients at the images
         leaves = [output.detach().float().requires_grad_() for output in outputs]
-        reconstruction, values = self.reconstruction_loss(leaves, target)
-        grads = list(torch.autograd.grad(reconstruction, leaves, materialize_grads=True))
-        adversarial = None
+        rec, values = self.reconstruction_loss(leaves, target)
+        grads = list(torch.autograd.grad(rec, leaves, materialize_grads=True))
+        adv = None
         if self.gan and images_seen >= self.gan_start:
             loss, parts = self.adversarial_loss(leaves[-1], target)
             values.update(parts)
-            adversarial, = torch.autograd.grad(loss, leaves[-1])
+            adv, = torch.autograd.grad(loss, leaves[-1])
             if stage.gan_adaptive:
                 ours = stand_in(outputs[-1], grads[-1])
-                theirs = stand_in(outputs[-1], adversarial / stage.patch)
+                theirs = stand_in(outputs[-1], adv / stage.patch)
                 values["gan_weight"] = adaptive_weight(ours, theirs, tok.decoder.last_weight(), 1e4)
-                adversarial = adversarial * values["gan_weight"]
+                adv = adv * values["gan_weight"]
         losses, fixed, vf = self.latent_losses(images, labels, z, mean, logvar, features, whole)
         values.update(losses)
 
-        # gradients at the latent; the VF loss is weighed against the reconstruction alone
+        # gradients at the latent; the VF loss is weighed against reconstruction alone
         apart = None
-        if adversarial is not None:
+        if adv is not None:
             if vf is not None:
                 apart, = torch.autograd.grad(share * sum(map(stand_in, outputs, grads)), latent, retain_graph=True)
-            grads[-1] = grads[-1] + adversarial
+            grads[-1] = grads[-1] + adv
         (share * sum(map(stand_in, outputs, grads))).backward()
 
         # gradients at the encoder
@@ -1181,19 +1173,19 @@ class Trainer:
             fixed = fixed + values["vf_weight"] * vf
         if latent.requires_grad:
             (stand_in(moved, latent.grad) + share * fixed).backward()
-        return {name: value.detach() for name, value in values.items()}, leaves[-1].detach(), target
+        return {k: v.detach() for k, v in values.items()}, leaves[-1].detach(), target
 
     def discriminator_step(self, fake, target, share=1.0):
-        """Accumulates the discriminators' gradients -> loss."""
+        """Accumulates gradients -> loss."""
         for p in self.gan_parameters:
-            p.requires_grad_(True)
+            p.requires_grad_()
         with self.world.autocast():
             loss = self.gan.discriminator_loss(fake, target)
         (loss * share).backward()
         return loss.detach()
 
     def step(self, batches, step, images_seen):
-        """One step of both optimizers on micro-batches (uint8 images, labels) -> losses of the last one."""
+        """On micro-batches (uint8 images, labels) -> losses of the last."""
         share = 1 / self.cfg.accumulate
         pairs = []
         for images, labels in batches:
@@ -1203,50 +1195,50 @@ class Trainer:
         average_gradients(self.parameters, self.world)
         losses["grad_norm"] = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if self.gan and images_seen >= self.gan_start:
             for fake, target in pairs:
                 losses["discriminator"] = self.discriminator_step(fake, target, share)
             average_gradients(self.gan_parameters, self.world)
             self.gan_optimizer.step()
-            self.gan_optimizer.zero_grad(set_to_none=True)
+            self.gan_optimizer.zero_grad()
         return losses
 
 
-def select_parameters(tokenizer, trains):
-    """Marks what a stage trains, the rest is frozen -> {name: parameters}."""
-    tokenizer.requires_grad_(False)
-    decoder = tokenizer.decoder
+def select_parameters(tok, trains):
+    """Freezes the rest -> {name: parameters}."""
+    tok.requires_grad_(False)
+    decoder = tok.decoder
     if isinstance(decoder, VFMVAEDecoder):
         high = decoder.blocks[-3:]
     else:
         high = [*decoder.up[:3], decoder.norm_out, decoder.conv_out]
-    parts = dict(encoder=[tokenizer.vfm], adapter=[tokenizer.adapter, tokenizer.vf_proj], decoder=[decoder], high=high)
+    parts = dict(encoder=[tok.vfm], adapter=[tok.adapter, tok.vf_proj], decoder=[decoder], high=high)
     groups = {}
     for name in trains.split():
         modules = nn.ModuleList(part for part in parts[name] if part is not None)
-        groups[name] = list(modules.requires_grad_(True).parameters())
+        groups[name] = list(modules.requires_grad_().parameters())
     return groups
 
 
 def average_gradients(parameters, world):
-    """Not DistributedDataParallel: the losses walk one graph in several backward passes."""
+    """Not DistributedDataParallel: losses walk a graph several times."""
     if world.size > 1:
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = world.mean(torch._utils._flatten_dense_tensors(grads))
         torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
 
 
-def load_moments(optimizer, saved):
-    """Adam's state, at this run's rates, in its parameters' memory layout, as the fused kernel insists."""
-    optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["state"]))
-    for p, state in optimizer.state.items():
+def load_moments(opt, saved):
+    """Adam's state, at this run's rates, in parameters' memory layout, as fused Adam insists."""
+    opt.load_state_dict(dict(opt.state_dict(), state=saved["state"]))
+    for p, state in opt.state.items():
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.empty_like(p).copy_(state[key])
 
 
 def average_weights(averages, module, images, batch, half_kimg):
-    """EMA of the weights that train, {name: tensor}; half-life at most 5% of the images seen."""
+    """EMA of weights that train, {name: tensor}; half-life at most 5% of the images seen."""
     live = dict(module.named_parameters())
     names = [name for name in averages if live[name].requires_grad]
     decay = 0.5 ** (batch / max(1e-3, min(half_kimg * 1000, 0.05 * images)))
@@ -1255,7 +1247,7 @@ def average_weights(averages, module, images, batch, half_kimg):
 
 @contextlib.contextmanager
 def use_weights(module, weights):
-    """Swaps the named weights in, and back out on leaving."""
+    """Swaps weights in, and back out."""
     live = dict(module.named_parameters())
     saved = {name: live[name].detach().clone() for name in weights}
     module.load_state_dict(weights, strict=False)
@@ -1270,7 +1262,7 @@ def stages_of(cfg):
 
 
 def stage_plan(cfg):
-    """-> [(number, stage, first image, last image)], the factor by which --kimg stretches the rows."""
+    """-> [(number, stage, first image, last image)], the factor of --kimg."""
     stages = stages_of(cfg)
     scale = cfg.kimg / sum(stage.kimg for stage in stages) if cfg.kimg else 1.0
     plan = []
@@ -1286,9 +1278,9 @@ def stage_plan(cfg):
 
 
 @torch.no_grad()
-def training_flops(cfg, tokenizer):
-    """{stage's name: FLOPs of one image's training step}, thrice the forward pass where it trains, at the average size
-    of equivariance; without losses and discriminators."""
+def training_flops(cfg, tok):
+    """{stage's name: FLOPs of an image's training step}, thrice the forward pass where it trains, at equivariance's
+    average size; without losses and discriminators."""
 
     def count(part, *inputs):
         with FlopCounterMode(display=False) as counter:
@@ -1296,12 +1288,12 @@ def training_flops(cfg, tokenizer):
         return output, counter.get_total_flops()
 
     size = cfg.image_size
-    device = next(tokenizer.parameters()).device
-    features, vfm = count(tokenizer.features, torch.zeros(1, 3, size, size, device=device))
-    moments, adapter = count(tokenizer.moments, features, size, size)
-    _, decoder = count(tokenizer.decode, moments.chunk(2, 1)[0])
-    grid = size // tokenizer.downsample
-    draws = [draw_equivariance(cfg.seed, step, grid, tokenizer.decoder.granularity) for step in range(1000)]
+    device = next(tok.parameters()).device
+    features, vfm = count(tok.features, torch.zeros(1, 3, size, size, device=device))
+    moments, adapter = count(tok.moments, features, size, size)
+    _, decoder = count(tok.decode, moments.chunk(2, 1)[0])
+    grid = size // tok.downsample
+    draws = [draw_equivariance(cfg.seed, step, grid, tok.decoder.granularity) for step in range(1000)]
     flops = {}
     for stage in stages_of(cfg):
         encoder = vfm * (3 if "encoder" in stage.trains else 1) + adapter * (3 if "adapter" in stage.trains else 1)
@@ -1314,7 +1306,7 @@ def training_flops(cfg, tokenizer):
 
 
 def train(cfg, world):
-    """The stages in turn, or on from OUT/tokenizer.pt -> the Tokenizer with averaged weights."""
+    """The stages, or on from OUT/tokenizer.pt -> the averaged Tokenizer."""
     path = Path(cfg.out) / "tokenizer.pt"
     plan, length_scale = stage_plan(cfg)
     end = plan[-1][3]
@@ -1327,36 +1319,36 @@ def train(cfg, world):
     held_out = open_data(cfg, "val", cfg.image_size)
 
     torch.manual_seed(cfg.seed)
-    tokenizer, vfm = build_tokenizer(cfg)
-    tokenizer = tokenizer.to(world.device, memory_format=world.layout)
+    tok, vfm = build_tokenizer(cfg)
+    tok = tok.to(world.device, memory_format=world.layout)
     vfm = vfm and vfm.to(world.device)
     entries = load_checkpoint(path, "tokenizer") if cfg.resume and path.exists() else None
     seen = 0
     if entries:
         keys = ("method", "recipe", "data", "batch_size", "seed", "kimg", "vfm", "disc_vfm", "ndf")
-        now = {**{key: getattr(cfg, key) for key in keys}, **tokenizer.arch}
+        now = {**{key: getattr(cfg, key) for key in keys}, **tok.arch}
         then = {**entries["config"], **entries["arch"]}
         changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
         if changed:
             raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
-        load_state(tokenizer, entries["model"], str(path))
+        load_state(tok, entries["model"], str(path))
         seen = entries["images"]
     if seen < start:
-        raise UserError(f"stage {cfg.stage} starts from image {start}; {path} has seen {seen}, or is not read")
+        raise UserError(f"stage {cfg.stage} starts at image {start}; {path} has seen {seen}, or is not read")
     if seen >= stop:
         if world.rank == 0:
             print(f"{path} is trained already; --resume=0 starts afresh")
-        tokenizer.load_state_dict(entries["ema"], strict=False)
-        return tokenizer
+        tok.load_state_dict(entries["ema"], strict=False)
+        return tok
     # before compiling: dynamo skips what a dispatch mode has seen
-    flops = training_flops(cfg, tokenizer) if world.device.type == "cuda" else {}
-    trainer = Trainer(cfg, tokenizer, world, vfm, length_scale)
+    flops = training_flops(cfg, tok) if world.device.type == "cuda" else {}
+    trainer = Trainer(cfg, tok, world, vfm, length_scale)
     ema = {}
-    for name, p in tokenizer.named_parameters():
+    for name, p in tok.named_parameters():
         if cfg.method == "aligntok" or not name.startswith("vfm."):  # VFM-VAE's never trains
             ema[name] = entries["ema"][name].to(world.device) if entries else p.detach().clone()
     if world.rank == 0:
-        millions = sum(p.numel() for p in tokenizer.parameters()) / 1e6
+        millions = sum(p.numel() for p in tok.parameters()) / 1e6
         print(f"{cfg.method} on {len(data)} images of {cfg.data}, {cfg.image_size} px; {millions:.1f} M parameters; "
               f"{world.size} x {world.device.type}; from image {seen}")
     log = Log(cfg.out, "tokenizer", world, stop // batch, seen // batch)
@@ -1373,7 +1365,7 @@ def train(cfg, world):
             trainer.adopt(ema)
         if entries:
             trainer.load_state_dict(entries, same_stage=entries["stage"] == number)
-            entries = None  # later stages begin as they would have
+            entries = None
         steps = range(seen // batch, last // batch)
         order = step_batches(len(data), batch, cfg.seed, steps.start, steps.stop, world, cfg.accumulate)
         batches = iter(make_loader(data, order, world, cfg.workers))
@@ -1384,36 +1376,37 @@ def train(cfg, world):
             trainer.set_lr(seen / end)
             losses = trainer.step((next(batches) for _ in range(cfg.accumulate)), step, seen)
             seen += batch
-            average_weights(ema, tokenizer, seen, batch, cfg.ema_kimg)
+            average_weights(ema, tok, seen, batch, cfg.ema_kimg)
             log.bar.update()
             saving = (step + 1) % cfg.save_interval == 0 or seen == last
             if (step + 1) % cfg.log_interval == 0 or saving:
-                losses = {name: world.mean(value.to(world.device)) for name, value in losses.items()}
+                losses = {k: world.mean(v.to(world.device)) for k, v in losses.items()}
                 if not math.isfinite(losses["grad_norm"]):
                     raise UserError(f"gradients are not finite at step {step + 1}; {path} is as it was")
                 lr = trainer.optimizer.param_groups[-1]["lr"]
                 log.write(step + 1, seen, epoch=seen / len(data), stage=number, lr=lr, **losses)
             if world.rank == 0 and ((step + 1) % cfg.grid_interval == 0 or seen == last):
-                with torch.no_grad(), world.autocast(), use_weights(tokenizer, ema):
-                    decoded = tokenizer.decode(tokenizer.encode(pictures)[0]).float()
+                with torch.no_grad(), world.autocast(), use_weights(tok, ema):
+                    decoded = tok.decode(tok.encode(pictures)[0]).float()
                 pairs = torch.stack([pictures, decoded], 1).flatten(0, 1)
                 save_grid(pairs, Path(cfg.out) / f"grids/tokenizer-{step + 1:07d}.png", 8)
             if saving:
                 if world.rank == 0:
-                    save_checkpoint(path, kind="tokenizer", config=dataclasses.asdict(cfg), arch=tokenizer.arch,
-                                    ema=ema, classes=data.classes, stage=number, images=seen, **trainer.state_dict())
+                    save_checkpoint(
+                        path, kind="tokenizer", config=dataclasses.asdict(cfg), arch=tok.arch, ema=ema,
+                        classes=data.classes, stage=number, images=seen, **trainer.state_dict())
                 world.barrier()
     log.bar.close()
-    tokenizer.load_state_dict(ema, strict=False)
-    return tokenizer
+    tok.load_state_dict(ema, strict=False)
+    return tok
 
 
 def bench(cfg, world):
-    """Times `--bench` steps of each stage with random images and weights."""
-    tokenizer, vfm = build_tokenizer(cfg, pretrained=False)
-    tokenizer = tokenizer.to(world.device, memory_format=world.layout)
-    flops = training_flops(cfg, tokenizer)
-    trainer = Trainer(cfg, tokenizer, world, vfm and vfm.to(world.device), pretrained=False)
+    """With random images and weights."""
+    tok, vfm = build_tokenizer(cfg, pretrained=False)
+    tok = tok.to(world.device, memory_format=world.layout)
+    flops = training_flops(cfg, tok)
+    trainer = Trainer(cfg, tok, world, vfm and vfm.to(world.device), pretrained=False)
     shape = cfg.batch_size // world.size // cfg.accumulate, 3, cfg.image_size, cfg.image_size
     images = torch.randint(0, 256, shape, dtype=torch.uint8).to(world.device)
     batches = [(images, torch.zeros(len(images), dtype=torch.long))] * cfg.accumulate
@@ -1424,16 +1417,16 @@ def bench(cfg, world):
             time_steps(title, lambda: trainer.step(batches, 0, 0), cfg.bench, cfg.batch_size, flops[stage.name], world)
 
 
-# -----------------------------------------------------------------------------
-# The autoencoder of latent diffusion (arXiv 2112.10752): AlignTok's decoder; both halves in the plain VAE and VA-VAE
+# --------------------------------------
+# Latent diffusion's autoencoder (arXiv 2112.10752): AlignTok's decoder; both halves in the plain VAE and VA-VAE
 
 class ResBlock(nn.Module):
     def __init__(self, d_in, d_out, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, d_in, eps=1e-6)
-        self.conv1 = nn.Conv2d(d_in, d_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, d_out, eps=1e-6)
-        self.conv2 = nn.Conv2d(d_out, d_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(groups, d_in, 1e-6)
+        self.conv1 = nn.Conv2d(d_in, d_out, 3, 1, 1)
+        self.norm2 = nn.GroupNorm(groups, d_out, 1e-6)
+        self.conv2 = nn.Conv2d(d_out, d_out, 3, 1, 1)
         self.nin_shortcut = pointwise(d_in, d_out) if d_in != d_out else nn.Identity()
 
     def forward(self, x):  # [B, d_in, h, w]
@@ -1446,7 +1439,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, dim, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, dim, 1e-6)
         self.q = pointwise(dim, dim)
         self.k = pointwise(dim, dim)
         self.v = pointwise(dim, dim)
@@ -1454,13 +1447,13 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):  # [B, C, h, w]
         y = self.norm(x)
-        q, k, v = (layer(y).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # [B, 1, h w, C]
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)  # [B, C, h w]
+        q, k, v = (layer(y).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))  # [B, 1, h w, C]
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].mT  # [B, C, h w]
         return x + self.proj_out(y.unflatten(2, x.shape[2:]))
 
 
 class LDMLevel(nn.Module):
-    """Residual blocks, each followed by self-attention if so; then half the size, twice, or neither."""
+    """Residual blocks, each with self-attention if so; then half the size, twice, or neither."""
 
     def __init__(self, d_in, d_out, blocks, groups, attention, down=False, up=False):
         super().__init__()
@@ -1472,7 +1465,7 @@ class LDMLevel(nn.Module):
             conv = nn.Conv2d(d_out, d_out, 3, stride=2)
             self.downsample = nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
         if up:
-            conv = nn.Conv2d(d_out, d_out, 3, padding=1)
+            conv = nn.Conv2d(d_out, d_out, 3, 1, 1)
             self.upsample = nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0), conv=conv))
 
     def forward(self, x):  # [B, d_in, h, w]
@@ -1492,7 +1485,7 @@ class LDMEncoder(nn.Module):
     def __init__(self, z_dim, ch, ch_mult, num_res_blocks, attn_levels=(), z_channels=None, groups=32):
         super().__init__()
         z_channels = z_channels or z_dim
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(3, ch, 3, 1, 1)
         self.down = nn.ModuleList()
         before = ch
         for i, multiple in enumerate(ch_mult):
@@ -1501,8 +1494,8 @@ class LDMEncoder(nn.Module):
             self.down.append(level)
             before = ch * multiple
         self.mid = ldm_middle(before, groups)
-        self.norm_out = nn.GroupNorm(groups, before, eps=1e-6)
-        self.conv_out = nn.Conv2d(before, 2 * z_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(groups, before, 1e-6)
+        self.conv_out = nn.Conv2d(before, 2 * z_channels, 3, 1, 1)
         self.quant_conv = pointwise(2 * z_channels, 2 * z_dim)
 
     def body(self, images):
@@ -1527,13 +1520,13 @@ class LDMDecoder(nn.Module):
         z_channels = z_channels or z_dim
         widths = [ch * multiple for multiple in ch_mult]
         self.post_quant_conv = pointwise(z_dim, z_channels)
-        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, 1, 1)
         self.mid = ldm_middle(widths[-1], groups)
         self.up = nn.ModuleList()  # fine to coarse
         for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
             self.up.append(LDMLevel(before, width, num_res_blocks + 1, groups, i in attn_levels, up=i > 0))
-        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out = nn.GroupNorm(groups, widths[0], 1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, 1, 1)
 
     def body(self, z):
         x = self.mid(self.conv_in(self.post_quant_conv(z)))  # [B, widths[-1], h, w]
@@ -1549,17 +1542,17 @@ class LDMDecoder(nn.Module):
         return self.conv_out.weight
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Image metrics and discriminators
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of images in [-1, 1] -> [B]."""
+    """In dB, of images in [-1, 1] -> [B]."""
     return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp_min(1e-10))
 
 
 def ssim(a, b, data_range=1):
-    """Structural similarity of images in [-1, 1] -> [B] (Wang et al. 2004): Gaussian window 11, sigma 1.5; on [0, 1] as
-    metrics do, or with data_range=2 on [-1, 1] as VFM-VAE's loss does: means matter."""
+    """Of images in [-1, 1] -> [B] (Wang et al. 2004): Gaussian window 11, sigma 1.5; on [0, 1] as metrics do, or with
+    data_range=2 on [-1, 1] as VFM-VAE's loss does."""
     if data_range == 1:
         a, b = a / 2 + 0.5, b / 2 + 0.5
     c = a.shape[1]
@@ -1567,12 +1560,12 @@ def ssim(a, b, data_range=1):
     row = torch.exp(-(torch.arange(size, device=a.device) - (size - 1) / 2).square() / (2 * 1.5 ** 2))
     row = (row / row.sum()).expand(5 * c, 1, 1, -1)
     x = torch.cat([a, b, a * a, b * b, a * b], 1).float()  # [B, 5 C, H, W]
-    x = F.conv2d(F.conv2d(x, row, groups=5 * c), row.transpose(2, 3), groups=5 * c)
-    mean_a, mean_b, aa, bb, ab = x.split(c, 1)
+    x = F.conv2d(F.conv2d(x, row, groups=5 * c), row.mT, groups=5 * c)
+    ma, mb, aa, bb, ab = x.split(c, 1)
     c1 = (0.01 * data_range) ** 2
     c2 = (0.03 * data_range) ** 2
-    means = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
-    structure = (2 * (ab - mean_a * mean_b) + c2) / (aa - mean_a ** 2 + bb - mean_b ** 2 + c2)
+    means = (2 * ma * mb + c1) / (ma ** 2 + mb ** 2 + c1)
+    structure = (2 * (ab - ma * mb) + c2) / (aa - ma ** 2 + bb - mb ** 2 + c2)
     return (means * structure).flatten(1).mean(1)
 
 
@@ -1582,10 +1575,9 @@ LPIPS_URLS = (
 
 
 class LPIPS(nn.Module):
-    """lpips(a, b) of images in [-1, 1] -> [B]: LPIPS v0.1 on VGG16 (arXiv 1801.03924). Gradients reach a alone.
-    `weights`: comma-separated files of torchvision's VGG16 and the published linear layers; empty: the public ones,
-    fetched once; None: random."""
-    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # the ReLUs that are compared, their widths
+    """lpips(a, b) of images in [-1, 1] -> [B]: v0.1 on VGG16 (arXiv 1801.03924). Gradients reach a alone. `weights`:
+    comma-separated files of torchvision's VGG16, the linear layers; empty: the public ones; None: random."""
+    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # ReLUs: widths
 
     def __init__(self, weights=""):
         super().__init__()
@@ -1598,7 +1590,7 @@ class LPIPS(nn.Module):
             state = {}
             for file in weights.split(",") if weights else LPIPS_URLS:
                 state.update(load_weights(file))
-            state = {re.sub(r"^lin(\d)\.model\.1\.weight$", r"lins.\1", key): value for key, value in state.items()}
+            state = {re.sub(r"^lin(\d)\.model\.1\.weight$", r"lins.\1", k): v for k, v in state.items()}
             load_state(self, state, "LPIPS", ignore=(r"classifier\.", r"lin\d\.weight"))
         self.requires_grad_(False).eval()
 
@@ -1652,7 +1644,7 @@ class LocalBatchNorm(nn.Module):
 
 
 def diff_augment(x):
-    """DiffAugment (arXiv 2006.10738) of [B, 3, H, W]: colour, translation by 1/8, cutout of 1/5, per image."""
+    """DiffAugment (arXiv 2006.10738) of [B, 3, H, W]: colour, translation by 1/8, cutout of 1/5."""
     b, c, h, w = x.shape
 
     def rand():
@@ -1663,7 +1655,7 @@ def diff_augment(x):
     x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, rand() + 0.5)  # contrast
     rows = torch.arange(h, device=x.device).view(1, 1, h, 1)
     columns = torch.arange(w, device=x.device).view(1, 1, 1, w)
-    y_from = rows + (rand() * (2 * (h // 8) + 1)).floor()  # [B, 1, H, 1], in the padded images
+    y_from = rows + (rand() * (2 * (h // 8) + 1)).floor()  # [B, 1, H, 1], in padded images
     x_from = columns + (rand() * (2 * (w // 8) + 1)).floor()  # [B, 1, 1, W]
     x = F.pad(x, (w // 8, w // 8, h // 8, h // 8))
     source = (y_from * x.shape[3] + x_from).long().flatten(2)  # [B, 1, H W]
@@ -1705,14 +1697,14 @@ class ProjectedDiscriminator(nn.Module):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         logits = []
         for tokens, head in zip(self.vit(x, self.layers, cls=True), self.heads):  # [B, 1 + N, D]
-            x = (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2)  # [B, D, N]
+            x = (tokens[:, 1:] + tokens[:, :1]).mT  # [B, D, N]
             x = head["first"](x)
             logits.append(head["last"]((x + head["residual"](x)) / math.sqrt(2)).flatten(1))
         return torch.cat(logits, 1)
 
 
 class PatchGAN(nn.Module):
-    """pix2pix's discriminator (arXiv 1611.07004) -> the outputs of all layers, the last one the logits."""
+    """pix2pix's (arXiv 1611.07004) -> the outputs of all layers, the last: logits."""
 
     def __init__(self, norm, ndf, layers):
         super().__init__()
@@ -1741,7 +1733,7 @@ class GAN(nn.Module):
 
     def __init__(self, stage, vit, ndf, image_size):
         super().__init__()
-        layers = min(3, max(1, int(math.log2(image_size)) - 4))  # fewer where a coarse image would shrink to nothing
+        layers = min(3, max(1, int(math.log2(image_size)) - 4))  # fewer on small images
         self.dino = ProjectedDiscriminator(vit) if stage.dino else None
         self.patch = PatchGAN(nn.BatchNorm2d, ndf, layers) if stage.patch else None
         self.multi = nn.ModuleList(PatchGAN(LocalBatchNorm, ndf, layers) for _ in range(3 if stage.multi else 0))
@@ -1751,7 +1743,7 @@ class GAN(nn.Module):
         return [(net, F.avg_pool2d(fake, 2 ** k), F.avg_pool2d(real, 2 ** k)) for k, net in enumerate(self.multi)]
 
     def generator_loss(self, fake, real):
-        """-> the unweighted losses, named as in the row."""
+        """-> unweighted losses, named as in the row."""
         losses = {}
         if self.dino:
             losses["dino"] = -self.dino(fake).mean()
@@ -1775,7 +1767,7 @@ class GAN(nn.Module):
         return loss
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Official weight files
 
 VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DINOv2's own, which are the ViT's
@@ -1834,33 +1826,33 @@ class NoiseMap(nn.Module):
 
 
 def rename(state, table, unused):
-    """A state dict under other names, by a table of regexes, without what then matches `unused`."""
-    renamed = {}
+    """A state dict renamed by a table of regexes, without what then matches `unused`."""
+    new = {}
     for key, value in state.items():
         for pattern, name in table.items():
             key = re.sub(pattern, name, key)
         if not re.match(unused, key):
-            renamed[key] = value
-    return renamed
+            new[key] = value
+    return new
 
 
 def to_vit_keys(state):
     """A public ViT's state dict in the names of `ViT`, q, k, v joined."""
-    renamed = rename(state, VIT_KEYS, VIT_UNUSED)
-    for key in [key for key in renamed if ".attn.q." in key]:
-        parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
-        renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    renamed["pos_embed"] = renamed["pos_embed"].flatten(0, -2)[None]  # SigLIP's is [N, D]
-    return renamed
+    new = rename(state, VIT_KEYS, VIT_UNUSED)
+    for key in [key for key in new if ".attn.q." in key]:
+        parts = [new.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        new[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    new["pos_embed"] = new["pos_embed"].flatten(0, -2)[None]  # SigLIP's is [N, D]
+    return new
 
 
 def count_parts(state, prefix):
-    """How many numbered parts stand under a prefix of a state dict's keys."""
+    """How many numbered parts keys have under a prefix."""
     return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def vit_config(state):
-    """The ViT arguments that a state dict shows, and for the rest the published model's of that family."""
+    """The ViT arguments that a state dict shows, the rest as published."""
     _, n, width = state["pos_embed"].shape
     patch = state["patch_embed.proj.weight"].shape[-1]
     hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
@@ -1880,10 +1872,10 @@ def vit_config(state):
 
 
 def from_vfmvae(state):
-    """A released VFM-VAE's state dict -> (what its shapes show of `arch`, state dict in our names)."""
+    """A released VFM-VAE's state dict -> (arch, as far as shapes show, state dict in our names)."""
     prefix = "vfm_encoder.encoder."
-    vit = to_vit_keys({key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)})
-    renamed = {f"vfm.{key}": value for key, value in vit.items()}
+    vit = to_vit_keys({k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)})
+    new = {f"vfm.{k}": v for k, v in vit.items()}
     for key, value in rename(state, VFMVAE_KEYS, VFMVAE_UNUSED).items():
         fusion = re.match(r"synthesis\.z_convs\.(\d+)\.(\d)\.(\d)\.(\w+)", key)
         if fusion:  # two stages, numbered 0 1, 1 2 or 0 2: depthwise, pointwise, norm; then pointwise, norm
@@ -1895,51 +1887,52 @@ def from_vfmvae(state):
             value = value.reshape(-1, 1, 1)
         elif key.endswith(("pwconv1.bias", "to_rgb.bias")):
             value = value.flatten()
-        renamed[key] = value
+        new[key] = value
 
     def widths(prefix, name):
-        return [len(renamed[f"{prefix}{i}.{name}"]) for i in range(count_parts(renamed, prefix))]
+        return [len(new[f"{prefix}{i}.{name}"]) for i in range(count_parts(new, prefix))]
 
-    block_widths = widths("decoder.blocks.", "convs.0.dwconv.weight")
-    dim, z_dim = renamed["decoder.post_quant.proj.weight"].shape
-    fold = math.isqrt(len(renamed["decoder.fusions.0.depthwise.weight"]) // dim)
-    noisy = "decoder.blocks.0.convs.0.noise.const" in renamed
+    blocks = widths("decoder.blocks.", "convs.0.dwconv.weight")
+    dim, z_dim = new["decoder.post_quant.proj.weight"].shape
+    fold = math.isqrt(len(new["decoder.fusions.0.depthwise.weight"]) // dim)
+    noisy = "decoder.blocks.0.convs.0.noise.const" in new
     decoder = dict(
-        post_factor=dim // z_dim, widths=block_widths, fuse_dims=widths("decoder.fusions.", "pointwise2.weight"),
-        attention=[count_parts(renamed, f"decoder.blocks.{i}.attns.") for i in range(len(block_widths))],
-        num_res_blocks=(count_parts(renamed, "decoder.blocks.0.convs.") - 1) // 3,
-        w_dim=len(renamed["decoder.mapping.2.weight"]),
+        post_factor=dim // z_dim, widths=blocks, fuse_dims=widths("decoder.fusions.", "pointwise2.weight"),
+        attention=[count_parts(new, f"decoder.blocks.{i}.attns.") for i in range(len(blocks))],
+        num_res_blocks=(count_parts(new, "decoder.blocks.0.convs.") - 1) // 3,
+        w_dim=len(new["decoder.mapping.2.weight"]),
         noise_sizes=widths("decoder.blocks.", "convs.0.noise.const") if noisy else ())
     arch = dict(
-        downsample=2 ** len(block_widths) // fold, z_dim=z_dim, vfm=vit_config(vit), decoder=decoder,
-        level_dims=widths("adapter.levels.", "proj.weight"), vf_dim=len(renamed.get("vf_proj.weight", ())))
-    return arch, renamed
+        downsample=2 ** len(blocks) // fold, z_dim=z_dim, vfm=vit_config(vit), decoder=decoder,
+        level_dims=widths("adapter.levels.", "proj.weight"), vf_dim=len(new.get("vf_proj.weight", ())))
+    return arch, new
 
 
 def from_ldm(state):
-    """The state dict of LDM's autoencoder (LDM, the original SD-VAE, VA-VAE) -> (arch, state dict in our names)."""
-    renamed = rename(state, LDM_KEYS, LDM_UNUSED)
-    ch = len(renamed["adapter.conv_in.weight"])
-    z_channels, z_dim = renamed["decoder.post_quant_conv.weight"].shape[:2]
-    levels = range(count_parts(renamed, "adapter.down."))
+    """LDM's autoencoder's (LDM, SD-VAE, VA-VAE) -> (arch, state dict in our names)."""
+    new = rename(state, LDM_KEYS, LDM_UNUSED)
+    ch = len(new["adapter.conv_in.weight"])
+    z_channels, z_dim = new["decoder.post_quant_conv.weight"].shape[:2]
+    levels = range(count_parts(new, "adapter.down."))
     half = dict(
-        ch=ch, ch_mult=[len(renamed[f"adapter.down.{i}.block.0.conv2.weight"]) // ch for i in levels],
-        num_res_blocks=count_parts(renamed, "adapter.down.0.block."), z_channels=z_channels,
-        attn_levels=[i for i in levels if f"adapter.down.{i}.attn.0.norm.weight" in renamed])
-    arch = dict(downsample=2 ** (len(levels) - 1), z_dim=z_dim, scale_factor=1.0, encoder=half, decoder=half,
-                decoder_kind="ldm")
-    return arch, renamed
+        ch=ch, ch_mult=[len(new[f"adapter.down.{i}.block.0.conv2.weight"]) // ch for i in levels],
+        num_res_blocks=count_parts(new, "adapter.down.0.block."), z_channels=z_channels,
+        attn_levels=[i for i in levels if f"adapter.down.{i}.attn.0.norm.weight" in new])
+    arch = dict(
+        downsample=2 ** (len(levels) - 1), z_dim=z_dim, scale_factor=1.0, encoder=half, decoder=half,
+        decoder_kind="ldm")
+    return arch, new
 
 
 def load_tokenizer(path, **overrides):
-    """A frozen Tokenizer with averaged weights, of a checkpoint of ours, an official VFM-VAE or a file in LDM's format
-    (VA-VAE, SD-VAE). What shapes do not show has the published value unless overridden: num_heads (the VFM's), layers,
-    scale_factor, resolution. `tokenizer.about`: what else a checkpoint of ours says. UserError for other files."""
+    """A frozen Tokenizer with averaged weights: ours, an official VFM-VAE's, or one in LDM's format (VA-VAE, SD-VAE).
+    What shapes do not show is as published, or overridden: num_heads (the VFM's), layers, scale_factor, resolution.
+    `about`: what else our checkpoints say."""
     entries = load_weights(path)
     if entries.get("kind", "tokenizer") != "tokenizer":
         raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
     state = entries.get("G_ema", entries.get("state_dict", entries))
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {k.removeprefix("module."): v for k, v in state.items()}
     try:
         if "kind" in entries:
             arch = entries["arch"]
@@ -1955,9 +1948,9 @@ def load_tokenizer(path, **overrides):
     except KeyError as error:
         raise UserError(f"{path} is no whole tokenizer: it lacks {error}")
     arch.update(overrides)
-    tokenizer = load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
-    tokenizer.about = {key: entries[key] for key in ("config", "classes", "images", "stage", "pair") if key in entries}
-    return tokenizer
+    tok = load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
+    tok.about = {key: entries[key] for key in ("config", "classes", "images", "stage", "pair") if key in entries}
+    return tok
 
 
 SAFETENSORS_TYPES = dict(
@@ -1966,7 +1959,7 @@ SAFETENSORS_TYPES = dict(
 
 
 def read_safetensors(path):
-    """The tensors of a .safetensors file, mapped: 8-byte little-endian header length, JSON header, one buffer."""
+    """Its tensors, mapped: 8-byte little-endian header length, JSON header, buffer."""
     file = np.memmap(path, np.uint8, "c")
     length = int(file[:8].view("<u8")[0])
     header = json.loads(bytes(file[8:8 + length]))
@@ -1983,7 +1976,7 @@ def read_safetensors(path):
 
 @contextlib.contextmanager
 def alone(path):
-    """One process of this machine at a time: eight ranks fetch a file once."""
+    """One process at a time: eight ranks fetch a file once."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as file:
         with contextlib.suppress(ImportError):  # Windows has none
@@ -1993,7 +1986,7 @@ def alone(path):
 
 
 def fetch(url):
-    """The path of a URL's file in torch.hub's cache, fetched once."""
+    """A URL's file in torch.hub's cache."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", re.sub(r"[^\w.]+", "-", url.split("//")[1]))
     with alone(path):
         try:
@@ -2005,8 +1998,7 @@ def fetch(url):
 
 
 def load_weights(path_or_url):
-    """The dictionary in a file (PyTorch's or .safetensors) or at a URL, tensors on the CPU; never unpickles code.
-    UserError when it is missing, damaged, or cannot be fetched."""
+    """The dictionary in a file (PyTorch's or .safetensors) or at a URL, on the CPU; never unpickles code."""
     path = str(path_or_url)
     if "://" in path:
         path = fetch(path)
@@ -2020,25 +2012,25 @@ def load_weights(path_or_url):
         if not isinstance(entries, dict):
             raise ValueError("it holds no state dict")
         return entries
-    except Exception as error:  # whatever a damaged or hostile file provokes
+    except Exception as error:  # of damaged or hostile files
         raise UserError(f"cannot read weights from {path}: {type(error).__name__}: {error}".splitlines()[0])
 
 
 def load_state(module, state, name, ignore=(), **keywords):
     """`load_state_dict` whose complaint is one line; `ignore`: regexes of keys not needed."""
-    state = {key: value for key, value in state.items() if not any(re.match(pattern, key) for pattern in ignore)}
+    state = {k: v for k, v in state.items() if not any(re.match(pattern, k) for pattern in ignore)}
     try:
         module.load_state_dict(state, **keywords)
-    except RuntimeError as error:  # PyTorch's list of missing, unexpected and misshaped keys
+    except RuntimeError as error:  # missing, unexpected, misshaped keys
         raise UserError(f"{name}: the weights do not fit: {' '.join(str(error).split())[:1000]}")
     return module
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # Data: folders, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
 
 def load_rgb(path):
-    """Any file that Pillow opens in RGB: transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
+    """Pillow's, in RGB: transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode[0] in "IF":
@@ -2049,7 +2041,7 @@ def load_rgb(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # whatever a damaged file provokes
+    except Exception as error:  # of damaged files
         raise UserError(f"cannot read image {path}: {type(error).__name__}: {error}".replace("\n", " "))
 
 
@@ -2065,7 +2057,7 @@ def center_crop(image, size):
 
 
 def list_images(folder):
-    """The image files under a folder, sorted. UserError if there are none."""
+    """The image files under a folder, sorted."""
     suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
     if not paths:
@@ -2074,9 +2066,9 @@ def list_images(folder):
 
 
 class Images(Dataset):
-    """Images of any data set at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and
-    `val`), "shapes", or a torchvision data set under `data_dir`. Items are asked for as an index, or as (index, key):
-    then augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key."""
+    """Images at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and `val`),
+    "shapes", or a torchvision data set under `data_dir`. Items are asked for as index, or as (index, key): then
+    augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key."""
 
     def __init__(self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out"):
         self.size = size
@@ -2104,7 +2096,7 @@ class Images(Dataset):
         folders = ["image" if path.parent == root else path.relative_to(root).parts[0] for path in paths]
         classes, self.labels = np.unique(folders, return_inverse=True)
         self.classes = classes.tolist()
-        self.source = np.array([os.fsencode(path) for path in paths])  # one buffer: workers would come to copy a list
+        self.source = np.array([os.fsencode(path) for path in paths])  # workers would copy a list
 
     def open_torchvision(self, data, split, folder, download):
         Source = getattr(torchvision.datasets, data)
@@ -2114,10 +2106,10 @@ class Images(Dataset):
             keywords["split"] = "test"
         try:
             with alone(os.path.join(folder, data)) if download else contextlib.nullcontext():
-                self.source = Source(folder, **{key: value for key, value in keywords.items() if key in known})
+                self.source = Source(folder, **{k: v for k, v in keywords.items() if k in known})
         except Exception as error:
             raise UserError(f"{data} under {folder}: {error} (--download=1 fetches it)".replace("\n", " "))
-        labels = [value for key, value in vars(self.source).items() if key in ("targets", "labels", "_labels")]
+        labels = [v for k, v in vars(self.source).items() if k in ("targets", "labels", "_labels")]
         if not labels:
             raise UserError(f"torchvision's {data} has no class labels")
         self.labels = np.asarray(labels[0])
@@ -2148,7 +2140,7 @@ class Images(Dataset):
 
 
 def open_data(cfg, split, size, crop=False, flip=False):
-    """The Images that a Config's data, data_dir, download and cache name."""
+    """A Config's Images."""
     return Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache)
 
 
@@ -2158,14 +2150,14 @@ def permutation(n, seed, epoch):
 
 
 def batch_indices(n, batch, seed, step):
-    """A step's items in an endless sequence of seeded permutations of n items, and their running numbers."""
+    """A step's items in an endless sequence of seeded permutations of n, their running numbers."""
     numbers = np.arange(step * batch, (step + 1) * batch)
     return np.array([permutation(n, seed, k // n)[k % n] for k in numbers.tolist()]), numbers
 
 
 def step_batches(n, batch, seed, start, stop, world, accumulate=1):
-    """A list of (index, key) for each micro-batch of the steps from `start` to `stop`. A step's images depend neither
-    on the number of processes nor on accumulation."""
+    """A list of (index, key) for each micro-batch of the steps; a step's images depend neither on the number of
+    processes nor on accumulation."""
     if batch % (world.size * accumulate):
         raise UserError(f"--batch_size={batch}: no multiple of {world.size} processes x --accumulate={accumulate}")
     size = batch // world.size // accumulate
@@ -2181,12 +2173,12 @@ def make_loader(dataset, sampler, world, workers):
     return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda")
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 # The toy: drawn shapes in place of ImageNet, a small ViT that knows them in place of the VFM
 
 class Shapes(Dataset):
-    """Drawn, labelled, captioned shapes on textured backgrounds, whose attributes vary independently. An image is a
-    function of (split, index): its attributes come from a hash, its edges from signed distances, so at any size."""
+    """Drawn, labelled, captioned shapes on textured backgrounds, their attributes independent. An image is a function
+    of (split, index): attributes come from a hash, edges from signed distances, so at any size."""
     classes = ["circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "T", "L"]
     hues = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
     textures = ["plain", "gradient", "stripes", "checks", "clouds"]
@@ -2198,12 +2190,12 @@ class Shapes(Dataset):
         self.images = None
         n = length or self.lengths[split]
         self.labels = self.attributes(np.arange(n))["shape"]
-        if cache and n * 3 * size * size < 1 << 29:  # drawn once and memory-mapped by every later process
+        if cache and n * 3 * size * size < 1 << 29:  # drawn once, memory-mapped
             version = fingerprint(torch.from_numpy(self.draw(np.arange(16))))[:6]
             path = Path(cache) / f"shapes-{split}-{size}-{n}-{version}.npy"
             if not path.exists():
-                with replacing(path) as temporary:
-                    array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (n, 3, size, size))
+                with replacing(path) as temp:
+                    array = np.lib.format.open_memmap(temp, "w+", np.uint8, (n, 3, size, size))
                     for part in tqdm(np.array_split(np.arange(n), n // 500 + 1), f"drawing {n} shapes", leave=False):
                         array[part] = self.draw(part)
             self.images = np.load(path, mmap_mode="r")
@@ -2244,7 +2236,7 @@ class Shapes(Dataset):
             place=place, size=quarter(scale, 0.55, 0.8), turn=quarter(angle, -0.4, 0.4), free=u[:, 9:])
 
     def caption(self, index):
-        a = {key: value[0] for key, value in self.attributes([index]).items()}
+        a = {k: v[0] for k, v in self.attributes([index]).items()}
         size = "large" if a["scale"] > 0.675 else "small"
         place = ("upper" if a["y"] < 0 else "lower") + (" left" if a["x"] < 0 else " right")
         return (f"a {size} {self.hues[a['hue']]} {self.classes[a['shape']]} at the {place} "
@@ -2290,7 +2282,7 @@ class Shapes(Dataset):
         return rgb.astype(np.float32)[:, :, None, None]
 
     def mixture(self, texture, free, px, py):
-        """The share of the lighter tone, [n, size, size]; `free` [n, 15]: the texture's own numbers."""
+        """The lighter tone's share, [n, size, size]; `free` [n, 15]: the texture's numbers."""
         free = free[:, :, None, None]
         angle = free[:, 0] * 2 * np.pi
         frequency = np.pi * (1.5 + 1.5 * free[:, 1])
@@ -2306,7 +2298,7 @@ class Shapes(Dataset):
         return np.choose(texture[:, None, None], [0 * along, (along + 1.4) / 2.8, stripes, checks, clouds])
 
     def distance(self, name, x, y):
-        """Signed distance (negative inside) of points in a frame where the shape fills the unit disc, y down."""
+        """Signed distance (negative inside) where the shape fills the unit disc, y down."""
         r = np.hypot(x, y)
 
         def box(x0, x1, y0, y1):
@@ -2338,8 +2330,8 @@ class Shapes(Dataset):
         return np.minimum(box(-0.62, -0.16, -0.85, 0.85), box(-0.62, 0.62, 0.4, 0.85))  # L
 
 
-# What networks learn to name of the shapes, and how many values it has. The VFM "toy-blind" is the control: it was
-# never told the class on which the diffusion model is conditioned.
+# What networks learn to name, its number of values. The VFM "toy-blind" is the control, never told the class on which
+# the diffusion model is conditioned.
 ATTRIBUTES = dict(shape=10, hue=8, texture=5, ground=8, place=16, size=4, turn=4)
 TOY_VFMS = {"toy": list(ATTRIBUTES), "toy-blind": list(ATTRIBUTES)[1:]}
 TOY_VIT = dict(image_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, mlp_hidden=512, stem=32)
@@ -2368,8 +2360,8 @@ class ToyViT(ViT):
         for conv, norm in zip(self.patch_embed["convs"], self.patch_embed["norms"]):
             levels.append(conv(x))  # [B, stem, H / 2, W / 2], ...
             x = F.gelu(norm(levels[-1]))
-        level0 = F.pixel_unshuffle(levels[0], self.patch_size // 2).flatten(2).transpose(1, 2)  # [B, N, level0_dim]
-        return self.patch_embed["proj"](x).flatten(2).transpose(1, 2), level0
+        level0 = F.pixel_unshuffle(levels[0], self.patch_size // 2).flatten(2).mT  # [B, N, level0_dim]
+        return self.patch_embed["proj"](x).flatten(2).mT, level0
 
 
 def train_on_shapes(title, net, logits, attributes, cache, device, images, batch, lr):
@@ -2379,8 +2371,8 @@ def train_on_shapes(title, net, logits, attributes, cache, device, images, batch
     values = data.attributes(np.arange(len(data)))
     targets = torch.from_numpy(np.stack([values[name] for name in attributes], 1))
     net.train()
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, images // batch, pct_start=0.1)
+    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, images // batch, pct_start=0.1)
     bar = tqdm(range(images // batch), title, mininterval=0.5)
     for step in bar:
         indices = np.sort(batch_indices(len(data), batch, 0, step)[0])
@@ -2390,16 +2382,16 @@ def train_on_shapes(title, net, logits, attributes, cache, device, images, batch
         for named in logits(x):
             for i, part in enumerate(named.split(attribute_counts(attributes), 1)):
                 loss = loss + F.cross_entropy(part, y[:, i])
-        optimizer.zero_grad(set_to_none=True)
+        opt.zero_grad()
         loss.backward()
-        optimizer.step()
-        schedule.step()
+        opt.step()
+        sched.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
 def toy_vfm_weights(name, cache):
-    """A toy VFM's state dict; rank 0 trains it, in about a minute and a half, where `cache` has none."""
+    """A toy VFM's state dict; rank 0 trains it, in 90 seconds, where `cache` has none."""
     path = Path(cache) / f"vfm-{name}.pt"
     world = init_world()
     if world.rank == 0 and not path.exists():
@@ -2421,20 +2413,20 @@ def toy_vfm_weights(name, cache):
     return load_checkpoint(path, "vfm")["model"]
 
 
-# -----------------------------------------------------------------------------
-# What every script begins and ends with: command line, processes, checkpoints, log, pictures
+# --------------------------------------
+# What scripts begin and end with: command line, processes, checkpoints, log, pictures
 
 class UserError(Exception):
-    """A mistake of the user's: `main` prints its one line and exits with status 1."""
+    """The user's mistake: `main` prints its line and exits with status 1."""
 
 
 Positive = typing.NewType("Positive", int)
 
 
 def parse_config(Config, presets, argv=None, positional=()):
-    """A Config from the command line: its defaults, then the preset's, then the flags. Fields may be int (0 or more),
-    Positive, float, bool (0/1), str, Literal[...] or tuple[int or float, ...] (comma-separated); those in `positional`
-    need no flag. One line and exit status 2 for an unknown flag or a bad value."""
+    """Config's defaults, then the preset's, then the flags. Fields may be int (0 or more), Positive, float, bool (0/1),
+    str, Literal[...] or tuple[int or float, ...] (comma-separated); those in `positional` need no flag. One line and
+    exit status 2 for an unknown flag or a bad value."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             self.exit(2, f"{self.prog}: {message}\n")
@@ -2442,7 +2434,7 @@ def parse_config(Config, presets, argv=None, positional=()):
     def boolean(text):
         return ("0", "false", "1", "true").index(text.lower()) > 1
 
-    def numbers(name, kind, least=-math.inf, many=False):  # the name is for argparse's complaint of a ValueError
+    def numbers(name, kind, least=-math.inf, many=False):  # name: for argparse's complaint
         def convert(text):
             values = tuple(kind(part) for part in text.split(",") if part) if many else (kind(text),)
             if not all(value >= least and math.isfinite(value) for value in values):
@@ -2459,8 +2451,9 @@ def parse_config(Config, presets, argv=None, positional=()):
     source = "".join(inspect.getsource(each) for each in Config.__mro__[-2::-1])
     comments = dict(re.findall(r"^    (\w+): .*?  #\s*(.*)$", source, re.M))
     epilog = "presets: " + "; ".join(f"{name}: {preset or 'the defaults'}" for name, preset in presets.items())
-    parser = Parser(description=sys.modules[Config.__module__].__doc__, epilog=epilog, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=sys.modules[Config.__module__].__doc__, epilog=epilog, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     types = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         kind = types[field.name]
@@ -2486,7 +2479,7 @@ def parse_config(Config, presets, argv=None, positional=()):
 
 
 def main(run):
-    """Runs a script's `run()`; a UserError becomes one line and exit status 1."""
+    """Runs a script's `run()`; a UserError: one line, exit status 1."""
     try:
         run()
     except UserError as error:
@@ -2520,7 +2513,7 @@ class World:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def mfu(self, flops, rate):
-        """Of `flops` an image at `rate` images a second over all processes; None on unknown devices."""
+        """At `flops` an image, `rate` images a second over all processes; None on unknown devices."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
         for gpu, peak in PEAK_FLOPS.items():
             if gpu in name:
@@ -2542,7 +2535,7 @@ class World:
 
 
 def init_world():
-    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on the CPU), or stands alone."""
+    """Joins torchrun's process group (NCCL on GPUs, gloo on the CPU), or stands alone."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -2550,12 +2543,12 @@ def init_world():
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-    elif sys.platform == "linux":  # glibc returns large blocks at every free: page faults are a fifth of a toy step
+    elif sys.platform == "linux":  # glibc's returned blocks fault: a fifth of a toy step
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
             libc.mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD
-    if size > 1 and not dist.is_initialized():  # a long timeout: the others wait while one lists a million files
+    if size > 1 and not dist.is_initialized():  # others wait while one lists a million files
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     return World(rank, size, device)
 
@@ -2568,28 +2561,27 @@ def seed_step(seed, step, rank=0):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path, renamed onto `path` when the block ends: readers never see half a file. UserError if it cannot
-    be written."""
+    """A temporary path, renamed onto `path` when the block ends: readers never see half a file."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        yield temp
+        os.replace(temp, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
         raise UserError(f"cannot write {path}: {error}".splitlines()[0])
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        if temp.exists():
+            temp.unlink()
 
 
 def save_checkpoint(path, **entries):
-    with replacing(path) as temporary:
-        torch.save(entries, temporary)
+    with replacing(path) as temp:
+        torch.save(entries, temp)
 
 
 def load_checkpoint(path, kind):
-    """A checkpoint's entries, on the CPU. UserError if it is missing or of another kind."""
+    """Its entries, on the CPU; UserError if of another kind."""
     entries = load_weights(path)
     if entries.get("kind") != kind:
         raise UserError(f"{path} is no {kind} checkpoint, but {entries.get('kind', 'unknown')}")
@@ -2597,8 +2589,8 @@ def load_checkpoint(path, kind):
 
 
 def write_text(path, text):
-    with replacing(path) as temporary:
-        temporary.write_text(text)
+    with replacing(path) as temp:
+        temp.write_text(text)
 
 
 def write_json(path, value):
@@ -2614,7 +2606,7 @@ def read_json(path):
 
 
 def fingerprint(*parts):
-    """A hash of tensors' bytes, of modules' weights, and of the text of anything else."""
+    """A hash of tensors' bytes, modules' weights, the text of anything else."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         items = part.state_dict().items() if isinstance(part, nn.Module) else [("", part)]
@@ -2628,7 +2620,7 @@ def fingerprint(*parts):
 
 
 class Log:
-    """One tqdm bar and one line of JSON in `out/log.jsonl` per log interval; silent but on rank 0."""
+    """A tqdm bar, a line of JSON in `out/log.jsonl` per log interval; on rank 0."""
 
     def __init__(self, out, script, world, total, start=0):
         self.path = Path(out) / "log.jsonl"
@@ -2637,7 +2629,7 @@ class Log:
         self.flops = 0  # of one image's training step, for MFU
         self.last = None  # (time, images seen) of the line before
         self.bar = tqdm(total=total, initial=start, desc=script, unit="step", disable=world.rank > 0, mininterval=0.5)
-        if world.rank == 0:  # what came after the checkpoint that is resumed from goes, and half a line
+        if world.rank == 0:  # what came after the checkpoint goes, and half a line
             kept = ""
             for line in self.path.read_text().splitlines() if self.path.exists() else ():
                 with contextlib.suppress(ValueError):
@@ -2648,17 +2640,17 @@ class Log:
 
     def write(self, step, images, **values):
         """`images`: seen so far."""
-        values = {name: float(value) for name, value in values.items()}
+        values = {k: float(v) for k, v in values.items()}
         now = time.perf_counter()
         if self.last:
             rate = (images - self.last[1]) / (now - self.last[0])
             values.update(images_per_second=rate, mfu=self.world.mfu(self.flops, rate))
         self.last = now, images
         if self.world.rank == 0:
-            values = {name: float(f"{value:.6g}") for name, value in values.items() if value is not None}
+            values = {k: float(f"{v:.6g}") for k, v in values.items() if v is not None}
             with open(self.path, "a") as file:
                 file.write(json.dumps(dict(script=self.script, step=step, images=images, **values)) + "\n")
-            self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
 
 
 def time_steps(title, step, n, images, flops, world):
@@ -2685,7 +2677,7 @@ def time_steps(title, step, n, images, flops, world):
         title=title, device=torch.cuda.get_device_name() if cuda else "cpu", processes=world.size, images=images, ms=ms,
         ms_min=min(times), ms_max=max(times), images_per_second=rate, tflops=flops * rate / 1e12,
         mfu=world.mfu(flops, rate), peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None)
-    result = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in result.items()}
+    result = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}
     if world.rank == 0:
         print(json.dumps(result), flush=True)
     return result
@@ -2710,7 +2702,7 @@ def shrink(images, scale, antialias=True):
 
 
 def save_grid(images, path, columns, labels=None):
-    """Images [N, 3, H, W] in [-1, 1] as one PNG, `columns` to the row, `labels` (strings) under them."""
+    """Images [N, 3, H, W] in [-1, 1] -> a PNG, `columns` to the row, `labels` (strings) under them."""
     images = F.interpolate(images.float(), scale_factor=max(1, 96 // max(images.shape[-2:])))
     n, _, h, w = images.shape
     width = w + 2  # of a cell
@@ -2723,11 +2715,11 @@ def save_grid(images, path, columns, labels=None):
         canvas.paste(Image.fromarray(image), (x, y))
         if labels:
             draw.text((x + 1, y + h), labels[i], fill="black")
-    with replacing(path) as temporary:
-        canvas.save(temporary, "PNG")
+    with replacing(path) as temp:
+        canvas.save(temp, "PNG")
 
 
-# -----------------------------------------------------------------------------
+# --------------------------------------
 
 def run():
     cfg = parse_config(Config, PRESETS)
