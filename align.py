@@ -381,7 +381,7 @@ class JointTrainer(Trainer):
         if shrunk:  # by equivariance regularisation: the DiT takes whole images
             with torch.no_grad(), self.world.autocast():
                 mean, logvar = self.tokenizer.encode(whole)
-            z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # [B, C, h, w]
+            z = self.draw_latent(mean, logvar)  # [B, C, h, w]
         leaf = z.detach().requires_grad_(side in ("tokenizer", "both") and not shrunk)
         tokens = None
         if self.dit_vfm is not None:

@@ -362,16 +362,16 @@ def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
         out = model(x, t, labels)
     else:
         out = model(x, t, labels, torch.lerp(cls_noise, tokens[:, 0], t[:, None]))
-    v, v_cls, z = out if isinstance(out, tuple) else (out, None, None)
+    v, v_cls, projection = out if isinstance(out, tuple) else (out, None, None)
     v = v.float()
     losses = dict(
         velocity=(v - target).square().mean((1, 2, 3)),
         cosine=1 - F.cosine_similarity(v, target, dim=1).mean((1, 2)))
     if v_cls is not None:
         losses["cls"] = (v_cls.float() - (tokens[:, 0] - cls_noise)).square().mean(1)
-    if z is not None:
-        clean = tokens[:, -z.shape[1]:]  # with the model's class token only
-        losses["repa"] = -F.cosine_similarity(z.float(), clean, dim=-1).mean(1)
+    if projection is not None:
+        clean = tokens[:, -projection.shape[1]:]  # with the model's class token only
+        losses["repa"] = -F.cosine_similarity(projection.float(), clean, dim=-1).mean(1)
     return losses
 
 

@@ -537,8 +537,6 @@ def evaluate(cfg, world):
     size = cfg.image_size or tok.resolution
     data = open_data(cfg, "val", size)
     source = Selection(data, cfg.images)
-    if data.note:
-        note(world, data.note)
     toy = cfg.data == "shapes"
     try:
         net = load_features(cfg.features or ("toy" if toy else "inception"), cfg.cache, world.device, cfg.inception)

@@ -77,12 +77,19 @@ def load_pipeline(cfg, world):
     stats = model.about
     if cfg.latent_stats:
         stats = {f"latent_{key}": value for key, value in load_weights(cfg.latent_stats).items()}
-    if "latent_std" not in stats:
+    if len(cfg.cfg_interval) != 2:
+        raise UserError("--cfg_interval takes two times, LOW,HIGH")
+    if "latent_std" not in stats or "latent_mean" not in stats:
         raise UserError(f"{cfg.latent_stats or path} lacks the latents' mean and std: --latent_stats=FILE")
     mean, std = (stats[key].float().flatten() for key in ("latent_mean", "latent_std"))
+    for key in ("in_channels", "input_size", "num_classes", "cls_dim"):
+        if guide and getattr(guide, key) != getattr(model, key):
+            raise UserError(f"--guide={cfg.guide} has another {key} than {path}")
     if guide and not torch.equal(guide.about.get("latent_mean", mean), mean):
         raise UserError(f"--guide={cfg.guide} is of other latents")
     tokenizer = load_tokenizer(cfg.tokenizer or tokenizer_beside(path, model.about)).to(world.device)
+    if not tokenizer.z_dim == model.in_channels == len(mean) == len(std):
+        raise UserError(f"{path}, its tokenizer and its statistics are of latents of other widths")
     for net in filter(None, (model, guide)):
         net.projectors = torch.nn.ModuleList()  # only for training
         net.to(world.device)
@@ -112,8 +119,8 @@ def write_samples(cfg, world):
     OUT/samples.npz. What is there, of the same settings, stays."""
     model, guide, tokenizer, mean, std = load_pipeline(cfg, world)
     classes = cfg.classes or tuple(range(model.num_classes))
-    if max(classes) > model.num_classes:
-        raise UserError(f"--classes={max(classes)}: there are {model.num_classes}")
+    if not 0 <= min(classes) <= max(classes) <= model.num_classes:
+        raise UserError(f"--classes: there are 0 to {model.num_classes - 1}, {model.num_classes}: none")
     y = torch.tensor(classes)[torch.arange(cfg.n) % len(classes)]
     out = Path(cfg.out)
     folder = out / "samples"
@@ -161,6 +168,8 @@ def reconstruct(cfg, world):
     """Every image of a folder, cropped to the tokenizer's resolution, in OUT/originals, and decoded again in
     OUT/reconstructions (for fid.py --pairs=1)."""
     tok = load_tokenizer(cfg.tokenizer or f"{cfg.out}/tokenizer.pt").to(world.device)
+    if not os.path.isdir(cfg.reconstruct):
+        raise UserError(f"no folder {cfg.reconstruct}")
     data = Images(cfg.reconstruct, "", tok.resolution)
     names = [Path(os.fsdecode(path)).relative_to(cfg.reconstruct).with_suffix(".png") for path in data.source]
     originals = Path(cfg.out, "originals")

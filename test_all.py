@@ -1464,6 +1464,17 @@ def test_bench():
             assert line["tflops"] > 0 and line["mfu"] is None
 
 
+
+
+def test_readme_flags_exist():
+    """Every flag that the README's commands give is a field of that script's Config."""
+    modules = {module.__name__: module for module in SCRIPTS}
+    flags = 0
+    for name, rest in re.findall(r"\b(\w+)\.py([^\n`&#]*)", (HERE / "README.md").read_text()):
+        for flag in re.findall(r"--(\w+)=", rest):
+            assert flag in modules[name].Config.__dataclass_fields__, f"{name}.py --{flag}"
+            flags += 1
+    assert flags > 10
 # -----------------------------------------------------------------------------
 # diffusion.py and sample.py
 

@@ -934,22 +934,22 @@ class Trainer:
     """One tokenizer's training, alone or joint (align.py)."""
 
     def objective(self, images, images_seen=0):
-        """The loss of images [B, 3, H, W]; `generator_step` computes its gradients."""
+        """The loss of images [B, 3, H, W] in plain form; `generator_step` computes its gradients fast."""
         stage, tok = self.stage, self.tokenizer
         mean, logvar, features = self.encode(images)
         z = self.draw_latent(mean, logvar)
         outputs = self.decode(z, images_seen)
-        rec, _ = self.reconstruction_loss(outputs, images)
-        loss = rec + stage.kl * kl_loss(mean, logvar)
+        reconstruction, _ = self.reconstruction_loss(outputs, images)  # L1, LPIPS, SSIM, multi-resolution L1
+        loss = reconstruction + stage.kl * kl_loss(mean, logvar)
         if stage.preserve:
             loss = loss + stage.weight("preserve", images) * self.preserve_loss(images, mean)
         if stage.vf:
             vf = vf_loss(tok.vf_proj(z), features[-1], *stage.vf_margins)
-            loss = loss + stage.vf * adaptive_weight(rec, vf, tok.adapter.last_weight(), 1e8) * vf
+            loss = loss + stage.vf * adaptive_weight(reconstruction, vf, tok.adapter.last_weight(), 1e8) * vf
         if self.gan and images_seen >= self.gan_start:
             gan, _ = self.adversarial_loss(outputs[-1], images)
             if stage.gan_adaptive:
-                gan = adaptive_weight(rec, gan / stage.patch, tok.decoder.last_weight(), 1e4) * gan
+                gan = adaptive_weight(reconstruction, gan / stage.patch, tok.decoder.last_weight(), 1e4) * gan
             loss = loss + gan
         return loss
 
@@ -1272,7 +1272,7 @@ def stage_plan(cfg):
         end += stage.kimg * 1000 * scale
         last = round(end / cfg.batch_size) * cfg.batch_size
         plan.append((number, stage, first, last))
-    if not last:
+    if last <= 0:
         raise UserError(f"--kimg={cfg.kimg:g} is less than one batch of {cfg.batch_size}")
     return plan, scale
 
@@ -1333,7 +1333,7 @@ def train(cfg, world):
             raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
         load_state(tok, entries["model"], str(path))
         seen = entries["images"]
-    if seen < start:
+    if seen < start or start >= stop:
         raise UserError(f"stage {cfg.stage} starts at image {start}; {path} has seen {seen}, or is not read")
     if seen >= stop:
         if world.rank == 0:
@@ -1943,7 +1943,7 @@ def load_tokenizer(path, **overrides):
             arch, state = from_ldm(state)
         else:
             raise UserError(f"{path} is no tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's")
-        if "num_heads" in overrides:
+        if "num_heads" in overrides and arch.get("vfm"):
             arch["vfm"]["num_heads"] = overrides.pop("num_heads")
     except KeyError as error:
         raise UserError(f"{path} is no whole tokenizer: it lacks {error}")
@@ -2141,7 +2141,10 @@ class Images(Dataset):
 
 def open_data(cfg, split, size, crop=False, flip=False):
     """A Config's Images."""
-    return Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache)
+    data = Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache)
+    if data.note and os.environ.get("RANK", "0") == "0":
+        print(f"note: {data.note}")
+    return data
 
 
 @functools.lru_cache(maxsize=2)
