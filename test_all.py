@@ -2319,7 +2319,9 @@ def test_sampling_guide_and_moved_folder(folder, cfg):
 @with_samples
 def test_sampling_complains(folder, cfg):
     """No model, another kind of checkpoint, classes that do not exist, a guide of other latents."""
-    fails(lambda: write_samples(cfg, classes=(99,)), "--classes=99")
+    fails(lambda: write_samples(cfg, classes=(99,)), "--classes")
+    fails(lambda: write_samples(cfg, classes=(-1,)), "--classes")
+    fails(lambda: write_samples(cfg, cfg_interval=(0.5,)), "--cfg_interval")
     fails(lambda: write_samples(cfg, out=f"{folder}/empty"), "run diffusion.py first")
     fails(lambda: write_samples(cfg, ckpt=f"{cfg.out}/tokenizer.pt"), "tokenizer checkpoint, not a diffusion model")
     entries = load(f"{cfg.out}/diffusion.pt")
@@ -2384,7 +2386,7 @@ def test_reconstruct(folder, cfg):
         assert torch.equal(original, read(Path(cfg.out, "originals", name)))
         want = tokenizer.to_uint8(tok.decode(tok.encode(tokenizer.to_float(original)[None])[0]))[0]
         assert (want.int() - read(Path(cfg.out, "reconstructions", name)).int()).abs().max() <= 1
-    for where, words in (f"{folder}/nowhere", ["no such folder"]), (str(root / "3"), ["other images"]):
+    for where, words in (f"{folder}/nowhere", ["no folder"]), (str(root / "3"), ["other images"]):
         fails(lambda: sample.reconstruct(changed(config, reconstruct=where), WORLD), *words)
 
 
