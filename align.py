@@ -585,8 +585,8 @@ def study(cfg):
     unknown = {*methods, *cfg.study_align.split(",")} - {*METHODS, "none", "repa", "reg"}
     if unknown:
         raise UserError(f"no {min(unknown)}: methods are {', '.join(METHODS)}, alignments none, repa, reg")
-    if max(cfg.study_points) > cfg.study_steps:
-        raise UserError("--study_points must not exceed --study_steps")
+    if not all(0 < step <= cfg.study_steps for step in cfg.study_points or [0]):
+        raise UserError("--study_points must be from 1, and must not exceed --study_steps")
     with alone(f"{cfg.cache}/study"):  # trains what is missing once
         vfms = {name: load_vfm(name, cfg.cache).to(world.device) for name in ("toy", "toy-blind")}
         jury = Jury(cfg.study_samples, cfg.cache, world)
