@@ -37,10 +37,10 @@ from fid import full_float32, judge, judge_tokenizer, load_features
 from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, train as train_tokenizer
 from sample import tokenizer_beside
 from tokenizer import (
-    Images, Log, Positive, Tokenizer, Trainer, UserError, alone, average_gradients, average_weights, build_tokenizer,
-    fingerprint, init_world, load_checkpoint, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
-    parse_config, psnr, read_json, replacing, save_checkpoint, seed_step, shrink, stages_of, step_batches, to_float,
-    to_uint8, vfm_of, write_json, write_text)
+    Images, Log, Positive, Tokenizer, Trainer, UserError, Watch, alone, average_gradients, average_weights,
+    build_tokenizer, fingerprint, init_world, load_checkpoint, load_tokenizer, load_vfm, load_weights, main,
+    make_loader, open_data, parse_config, psnr, read_json, replacing, save_checkpoint, seed_step, shrink, stages_of,
+    step_batches, step_unless, to_float, to_uint8, vfm_of, write_json, write_text)
 
 
 @dataclass
@@ -415,18 +415,20 @@ class JointTrainer(Trainer):
 
     def step(self, batches, step, images_seen):
         """The tokenizer's step, then the diffusion model's -> the last micro-batch's losses."""
+        statistics = self.statistics.running_mean, self.statistics.running_var
+        before = [value.clone() for value in statistics]
         losses = super().step(batches, step, images_seen)
         cfg = self.dit_cfg
         params = self.body + self.heads
         average_gradients(params, self.world)
-        self.world.mean(self.statistics.running_mean)
-        self.world.mean(self.statistics.running_var)
         self.dit_optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
         losses["dit_grad_norm"] = nn.utils.clip_grad_norm_(params, cfg.clip)
-        self.dit_optimizer.step()
-        self.dit_optimizer.zero_grad()
-        update_ema(self.dit_ema, self.dit, cfg.ema)
-        return losses
+        skipped = torch.maximum(losses["skipped"], self.world.any_bad([losses["dit_grad_norm"]]))
+        step_unless(skipped, self.dit_optimizer)
+        update_ema(self.dit_ema, self.dit, cfg.ema, skipped)
+        for value, old in zip(statistics, before):
+            value.copy_(torch.where(skipped > 0, old, self.world.mean(value)))
+        return dict(losses, skipped=skipped)
 
 
 def train_jointly(cfg, paths, world):
@@ -460,30 +462,20 @@ def train_jointly(cfg, paths, world):
     data = open_data(cfg, "train", tok_cfg.image_size, tok_cfg.crop, tok_cfg.flip)
     if list(data.classes) != list(entries["classes"]):
         raise UserError(f"--data={cfg.data} has other classes than the diffusion model's")
+    world.agree(configuration=cfg, data=data.identity(), checkpoint=start)
     batch = cfg.batch_size
     images = saved["images"]
     order = step_batches(len(data), batch, cfg.seed, start, cfg.steps, world, cfg.accumulate)
     loader = iter(make_loader(data, order, world, cfg.workers))
     log = Log(folder, "align", world, cfg.steps, start)
-    for step in range(start, cfg.steps):
-        seed_step(cfg.seed, step, world.rank)
-        losses = trainer.step(itertools.islice(loader, cfg.accumulate), step, step * batch)
-        done = step + 1
-        images += batch
-        average_weights(averages, tok, images, batch, tok_cfg.ema_kimg)
-        log.bar.update()
-        saving = done % cfg.save_interval == 0 or done == cfg.steps
-        if done % cfg.log_interval == 0 or saving:
-            losses = {name: world.mean(value.to(world.device)) for name, value in losses.items()}
-            log.write(done, done * batch, **losses)
-            if not math.isfinite(sum(losses.values())):
-                raise UserError(f"losses are not finite at step {done}")
-        if not saving:
-            continue
+    watch = Watch(world, after, entries if again else None)
+
+    def save(done):
         state = full_state(trainer.dit, trainer.dit_ema, trainer.dit_optimizer)
         if world.rank == 0:  # diffusion.pt, which names its tokenizer, comes last
             path = folder / f"tokenizer-{done:07d}.pt"
-            shared = dict(classes=entries["classes"], image_size=tok_cfg.image_size, step=done)
+            shared = dict(
+                classes=entries["classes"], image_size=tok_cfg.image_size, step=done, skipped=int(watch.skipped))
             save_checkpoint(
                 path, kind="tokenizer", config=dataclasses.asdict(tok_cfg), arch=tok.arch, ema=averages,
                 stage=saved["stage"], images=images, **trainer.state_dict(), **shared)
@@ -496,6 +488,22 @@ def train_jointly(cfg, paths, world):
             for earlier in set(folder.glob("tokenizer-*.pt")) - {path}:
                 earlier.unlink()
         world.barrier()
+
+    for step in watch.steps(range(start, cfg.steps)):
+        seed_step(cfg.seed, step, world.rank)
+        losses = trainer.step(itertools.islice(loader, cfg.accumulate), step, step * batch)
+        done = step + 1
+        images += batch
+        average_weights(averages, tok, images, batch, tok_cfg.ema_kimg, losses["skipped"])
+        signal = watch.count(losses)
+        log.bar.update()
+        saving = done % cfg.save_interval == 0 or done == cfg.steps
+        if done % cfg.log_interval == 0 or saving:
+            losses = {name: world.mean(value.to(world.device)) for name, value in losses.items()}
+            log.write(done, done * batch, **losses)
+        if saving or signal:
+            save(done)
+        watch.obey(signal, done)
     log.bar.close()
     return [before, after]
 
@@ -580,7 +588,7 @@ def study(cfg):
     rank = int(os.environ.pop("RANK", 0))
     size = int(os.environ.pop("WORLD_SIZE", 1))
     os.environ["LOCAL_RANK"] = str(rank % max(1, torch.cuda.device_count()))
-    world = init_world()
+    world = init_world(cfg.out, cfg.cache)
     methods = cfg.study_methods.split(",")
     unknown = {*methods, *cfg.study_align.split(",")} - {*METHODS, "none", "repa", "reg"}
     if unknown:
@@ -757,7 +765,7 @@ def run():
     if cfg.study:
         study(cfg)
         return
-    world = init_world()
+    world = init_world(cfg.out, cfg.cache)
     if cfg.sweep:
         if world.rank == 0:
             sweep(cfg, dataclasses.replace(world, size=1))

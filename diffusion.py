@@ -45,9 +45,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizer import (
-    MLP, Log, Positive, UserError, fingerprint, init_world, load_checkpoint, load_state, load_tokenizer, load_vfm,
-    load_weights, main, make_loader, open_data, parse_config, read_json, save_checkpoint, save_grid, seed_step,
-    step_batches, time_steps, to_float, write_json)
+    MLP, Log, Positive, UserError, Watch, fingerprint, init_world, leave_signals, lerp_unless, load_checkpoint,
+    load_state, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data, parse_config, read_json,
+    save_checkpoint, save_grid, seed_step, step_batches, step_unless, time_steps, to_float, write_json)
 
 
 @dataclass
@@ -634,9 +634,9 @@ def full_state(model, ema, optimizer):
     return dict(model=weights, ema=get_model_state_dict(ema, options=options), optimizer=moments)
 
 
-def update_ema(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model. The buffers are constants."""
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+def update_ema(ema, model, decay, skipped):
+    """ema <- decay ema + (1 - decay) model, unless the step was skipped. The buffers are constants."""
+    lerp_unless(skipped, list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
 
 
 def learning_rate(cfg, step):
@@ -647,7 +647,7 @@ def learning_rate(cfg, step):
 
 
 def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
-    """A step on batches dict(latents, labels, tokens) -> this process's losses."""
+    """A step on batches dict(latents, labels, tokens) -> this process's losses, "skipped": 1 if not finite, else 0."""
     weights = dict(velocity=1.0, cosine=cfg.cosine_weight, cls=cfg.cls_weight, repa=cfg.repa_weight)
     optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
     totals = {}
@@ -670,13 +670,14 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / cfg.accumulate
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-    optimizer.step()
-    optimizer.zero_grad()
     if cfg.fsdp:
         ema.reshard()  # sampling unshards its root
         norm = norm.full_tensor()
-    update_ema(ema, model, cfg.ema)
-    return dict(totals, grad_norm=norm)
+    totals["grad_norm"] = norm
+    skipped = world.any_bad(totals.values())
+    step_unless(skipped, optimizer)
+    update_ema(ema, model, cfg.ema, skipped)
+    return dict(totals, skipped=skipped)
 
 
 def normalise_rows(rows, mean, std):
@@ -749,7 +750,9 @@ def train(cfg, world):
         changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
         if changed:
             raise UserError(f"{path} is another run's ({'; '.join(changed)}): --resume=0 or another --out")
+    world.agree(configuration=cfg, data=images.identity(), checkpoint=start)
     model, parallel, ema, optimizer = build(cfg, world, arch, saved)
+    watch = Watch(world, path, saved)
     del saved
     if world.rank == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -762,10 +765,11 @@ def train(cfg, world):
             entries.update(
                 kind="diffusion", config=asdict(cfg), arch=arch, latent_mean=latents.mean, latent_std=latents.std,
                 latents=origin, tokenizer=source, classes=classes, image_size=size, step=step,
-                images=step * cfg.batch_size)
+                images=step * cfg.batch_size, skipped=int(watch.skipped))
             if cfg.keep:  # first: a kill leaves no gap
                 save_checkpoint(out / f"diffusion-{step}.pt", **entries)
             save_checkpoint(path, **entries)
+        world.barrier()
 
     def picture(step):
         columns = min(len(classes), 10)
@@ -781,7 +785,9 @@ def train(cfg, world):
     # the loop. The loader draws a random number as it starts: not in a step
     order = step_batches(len(images), cfg.batch_size, cfg.seed, start, cfg.steps, world, cfg.accumulate)
     cuda = world.device.type == "cuda"
-    loader = DataLoader(latents, batch_sampler=order, collate_fn=dict, num_workers=cfg.workers, pin_memory=cuda)
+    loader = DataLoader(
+        latents, batch_sampler=order, collate_fn=dict, num_workers=cfg.workers, pin_memory=cuda,
+        worker_init_fn=leave_signals)
     loader = iter(loader)
 
     def next_batch():
@@ -793,10 +799,11 @@ def train(cfg, world):
 
     log = Log(out, "diffusion", world, cfg.steps, start)
     log.flops = 3 * model.flops()  # backward: twice forward
-    for step in range(start, cfg.steps):
+    for step in watch.steps(range(start, cfg.steps)):
         seed_step(cfg.seed, step, world.rank)
         batches = (next_batch() for _ in range(cfg.accumulate))
         losses = train_step(model, parallel, ema, optimizer, batches, cfg, world, step)
+        signal = watch.count(losses)
         done = step + 1
         log.bar.update()
         if due(done, cfg.val_interval):
@@ -805,13 +812,11 @@ def train(cfg, world):
             losses = {name: world.mean(value.clone()) for name, value in losses.items()}
             seen = done * cfg.batch_size
             log.write(done, seen, lr=optimizer.param_groups[0]["lr"], epoch=seen / len(images), **losses)
-            # an infinite norm makes weights NaN: look before saving
-            if not all(math.isfinite(losses[key]) for key in ("loss", "grad_norm")):
-                raise UserError(f"loss or gradients are not finite at step {done}; a lower --lr?")
         if cfg.sample_interval and due(done, cfg.sample_interval):
             picture(done)
-        if due(done, cfg.save_interval):
+        if due(done, cfg.save_interval) or signal:
             save(done)
+        watch.obey(signal, done)
     log.bar.close()
     if start >= cfg.steps and world.rank == 0:
         print(f"{path} has its {cfg.steps:,} steps; --resume=0 starts afresh")
@@ -984,7 +989,7 @@ def latent_statistics(latents):
 def run():
     cfg = parse_config(Config, PRESETS)
     action = bench if cfg.bench else train
-    action(cfg, init_world())
+    action(cfg, init_world(cfg.out, cfg.cache))
 
 
 if __name__ == "__main__":

@@ -701,7 +701,7 @@ def show_metrics(result, metrics):
 
 def run():
     cfg = parse_config(Config, PRESETS, positional=("samples", "reference"))
-    world = init_world()
+    world = init_world(cfg.out, cfg.cache)
     cfg.samples = cfg.samples or f"{cfg.out}/samples"
     known = PAIRS if cfg.pairs else SETS
     metrics = cfg.metrics.split(",") if cfg.metrics else known

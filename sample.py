@@ -210,7 +210,7 @@ def bench(cfg, world):
 
 def run():
     cfg = parse_config(Config, PRESETS)
-    world = init_world()
+    world = init_world(cfg.out)
     if cfg.bench:
         bench(cfg, world)
     elif cfg.reconstruct:

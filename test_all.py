@@ -21,7 +21,9 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -158,7 +160,8 @@ def script(*arguments, status=0, **environment):
     output = result.stdout + result.stderr
     expected = (status,) if isinstance(status, int) else status
     assert result.returncode in expected, f"status {result.returncode}: {output[-2000:]}"
-    assert status == 0 or "Traceback" not in output, output[-2000:]
+    ours = re.sub(r'Traceback [^\n]*\n  File "<frozen runpy>".*ChildFailedError', "", output, flags=re.S)  # torchrun's
+    assert status == 0 or "Traceback" not in ours, output[-2000:]
     return output
 
 
@@ -1171,7 +1174,7 @@ def test_average_weights():
     def averaged(images, steps, batch=10):
         averages = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
         for _ in range(steps):
-            tokenizer.average_weights(averages, module, images, batch, half_kimg=1.0)
+            tokenizer.average_weights(averages, module, images, batch, 1.0, torch.zeros(()))
         return averages
 
     late = averaged(images=1e9, steps=100)  # 1000 images: one half-life
@@ -1230,7 +1233,7 @@ def test_every_loss_of_a_row_is_reported():
         trainer = tiny_trainer(method)
         trainer.start_stage(stage)
         expected = {name for name in columns if getattr(stage, name)}
-        found = set(trainer.step([batch], 0, trainer.gan_start)) - {"grad_norm", "vf_weight", "gan_weight"}
+        found = set(trainer.step([batch], 0, trainer.gan_start)) - {"grad_norm", "vf_weight", "gan_weight", "skipped"}
         if trainer.gan_start:  # it is beyond the multi-resolution loss's end, too
             assert found == expected | {"discriminator"}
             early = set(trainer.step([batch], 0, trainer.gan_start - 8))
@@ -1425,7 +1428,7 @@ tokenizer.STAGES["study"]["vae"] = [row]
 world = tokenizer.init_world()
 cfg = tokenizer.parse_config(tokenizer.Config, tokenizer.PRESETS)
 tok = tokenizer.train(cfg, world)
-print("rank", world.rank, tokenizer.fingerprint(tok), flush=True)
+print(f"rank {{world.rank}} {{tokenizer.fingerprint(tok)}}\\n", end="", flush=True)
 """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.py"
@@ -2441,16 +2444,6 @@ def test_diffusion_needs_the_same_classes(folder, cfg):
     """Where val lacks a class, the next would pass for it."""
     shutil.rmtree(f"{folder}/data/val/3")
     fails(lambda: train_diffusion(cfg), "val's classes are not train's")
-
-
-@with_diffusion_folder
-def test_diffusion_stops_before_saving_nan(folder, cfg):
-    """Gradients that overflow under a finite loss end the run in a line, and the checkpoint stays as it was."""
-    train_diffusion(cfg, steps=3)
-    before = Path(cfg.out, "diffusion.pt").read_bytes()
-    with mock.patch.object(nn.utils, "clip_grad_norm_", return_value=torch.tensor(float("inf"))):
-        fails(lambda: train_diffusion(cfg), "not finite")
-    assert Path(cfg.out, "diffusion.pt").read_bytes() == before
 
 
 # -----------------------------------------------------------------------------
@@ -3675,6 +3668,351 @@ def test_align_refuses():
         entries["config"]["data"] = "CIFAR10"
         torch.save(entries, f"{folder}/diffusion.pt")
         fails(lambda: run_align(folder, "--sweep=1"), "trained on the shapes")
+
+
+# -----------------------------------------------------------------------------
+# What happens to long runs: signals, kills, full disks, numbers that are not finite, processes that die or hang
+
+def stop_in(train, step, number=signal.SIGTERM):
+    """Runs `train`; this process gets the signal in the step-th of its steps. -> what was printed; for a signal that
+    ends runs, after the exit status 128 + signal."""
+    count = tokenizer.Watch.count
+    calls = []
+
+    def interrupted(watch, losses):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return count(watch, losses)
+
+    with mock.patch.object(tokenizer.Watch, "count", interrupted):
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
+            try:
+                train()
+                assert number == signal.SIGUSR1
+            except SystemExit as end:
+                assert end.code == 128 + number != 128 + signal.SIGUSR1
+    return printed.getvalue()
+
+
+def assert_same_log(a, b):
+    """Lines equal but for their times, and without the first rates of a run that went on."""
+    rates = ("images_per_second", "mfu")
+    lines = [[{k: v for k, v in line.items() if k not in rates} for line in read_log(folder)] for folder in (a, b)]
+    assert lines[0] and lines[0] == lines[1]
+
+
+@with_tiny_vfm
+def test_tokenizers_stopped_by_signals():
+    """Every method, stopped in the middle of an epoch, at a stage's last step and in a later stage, between lines of the
+    log and checkpoints: weights, averages, optimizers, discriminators, log as of a run that was not stopped."""
+    for method in tokenizer.STAGES["paper"]:
+        with tempfile.TemporaryDirectory() as folder:
+            cfg = tiny_config(f"{folder}/whole", method=method, kimg=0.096, log_interval=4, save_interval=1000)
+            quiet(tokenizer.train, cfg, WORLD)
+            parts = dataclasses.replace(cfg, out=f"{folder}/parts")
+            last = tokenizer.stage_plan(cfg)[0][0][3] // 8
+            for step, number in (3, signal.SIGTERM), (min(last - 3, 7), signal.SIGINT), (1, signal.SIGTERM):
+                printed = stop_in(lambda: tokenizer.train(parts, WORLD), step, number)
+                assert f"{number.name} at step" in printed and f"saved to {parts.out}" in printed
+            quiet(tokenizer.train, parts, WORLD)
+            a, b = read_checkpoint(cfg.out), read_checkpoint(parts.out)
+            a["config"] = b["config"]
+            assert_same(a, b)
+            assert_same_log(cfg.out, parts.out)
+
+
+@with_diffusion_folder
+def test_diffusion_stopped_by_signals(folder, cfg):
+    """Stopped twice between checkpoints, with loader processes: as if never stopped. SIGUSR1 saves and goes on."""
+    cfg = changed(cfg, align="reg", arch="sit", save_interval=0, log_interval=2, workers=1)
+    train_diffusion(cfg)
+    whole, lines = load(f"{cfg.out}/diffusion.pt"), Path(cfg.out, "log.jsonl")
+    kept = shutil.copytree(cfg.out, f"{folder}/kept")
+    os.unlink(f"{cfg.out}/diffusion.pt")
+    lines.unlink()
+    stop_in(lambda: diffusion.train(cfg, WORLD), 1)
+    assert load(f"{cfg.out}/diffusion.pt")["step"] == 1
+    with mock.patch.object(diffusion, "save_checkpoint", wraps=diffusion.save_checkpoint) as saved:
+        printed = stop_in(lambda: diffusion.train(changed(cfg, steps=6), WORLD), 2, signal.SIGUSR1)
+    assert "SIGUSR1 at step 3: saved to" in printed and [call.kwargs["step"] for call in saved.call_args_list] == [3, 6]
+    assert_same(whole, load(f"{cfg.out}/diffusion.pt"))
+    assert_same_log(kept, cfg.out)
+
+
+def test_joint_training_stopped_by_signals():
+    """A run stopped in its first and third steps ends as a whole one."""
+    with small_world(reg=True) as folder:
+        run_align(folder, *JOINT)
+        whole = load_pair(folder)
+        shutil.move(f"{folder}/joint-both", f"{folder}/whole")
+        for step in 1, 2:
+            stop_in(lambda: run_align(folder, *JOINT), step)
+        run_align(folder, *JOINT)
+        assert_same(whole, load_pair(folder))
+        assert_same_log(f"{folder}/whole", f"{folder}/joint-both")
+
+
+HARNESS = f"""
+import dataclasses, os, random, resource, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(HERE)!r})
+import torch
+import tokenizer
+tokenizer.Shapes.lengths = dict(train=64, val=32)
+rank = int(os.environ.get("RANK", 0))
+step = tokenizer.Trainer.step
+
+def hurt(self, batches, number, seen):
+    losses = step(self, batches, number, seen)
+    return harm(number, losses) or losses
+
+tokenizer.Trainer.step = hurt
+
+def run():
+    cfg = tokenizer.parse_config(tokenizer.Config, tokenizer.PRESETS)
+    tok = tokenizer.train(cfg, tokenizer.init_world(cfg.out))
+    print(f"rank {{rank}} ended {{tokenizer.fingerprint(tok)}}\\n", end="", flush=True)
+"""
+QUICK = ("--method=vae", "--recipe=study", "--kimg=0.064", "--ch_mult=1,1,1,1", f"--cache={SHARED}", "--log_interval=2")
+
+
+def harness(folder, code, *flags, run=script, status=0):
+    """Trains a small tokenizer in processes of their own, which call `harm(step, losses)`, defined by `code`, in every
+    step -> what was printed."""
+    path = Path(folder) / f"harm-{zlib.crc32(code.encode())}.py"
+    path.write_text(f"{HARNESS}{code}\nif __name__ == '__main__':\n    tokenizer.main(run)\n")
+    return run(path, *QUICK, f"--out={folder}/out", *flags, status=status)
+
+
+def test_two_processes_stop_together():
+    """A signal to one of two processes (with loader processes) stops both after the same step, with one checkpoint; gone
+    on, they end as if never stopped. Losses that are not finite on one process make both skip the step."""
+    stop = """
+def harm(number, losses):
+    if number == 2 and rank == 1 and not Path(sys.argv[0]).with_suffix(".done").exists():
+        Path(sys.argv[0]).with_suffix(".done").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+    bad = """
+def harm(number, losses):
+    pass
+
+objective = tokenizer.Trainer.reconstruction_loss
+def reconstruction_loss(self, outputs, target):
+    loss, values = objective(self, outputs, target)
+    calls.append(1)
+    return (loss * float("nan"), values) if rank == 1 and len(calls) == 3 else (loss, values)
+calls = []
+tokenizer.Trainer.reconstruction_loss = reconstruction_loss
+"""
+    flags = ("--kimg=0.096", "--workers=1", "--save_interval=100")
+    with tempfile.TemporaryDirectory() as folder:
+        printed = harness(folder, stop, *flags, run=torchrun, status=1)  # torchrun's status
+        assert printed.count("SIGTERM at step 4: saved to") == 1 and "ended" not in printed, printed
+        assert read_checkpoint(f"{folder}/out")["images"] == 64
+        printed = harness(folder, stop, *flags, run=torchrun)
+        weights = re.findall(r"rank . ended (\w+)", printed)
+        a = read_checkpoint(f"{folder}/out")
+        shutil.move(f"{folder}/out", f"{folder}/parts")
+        assert harness(folder, stop, *flags, run=torchrun).count(weights[0]) == len(weights) == 2
+        assert_same(a["model"], read_checkpoint(f"{folder}/out")["model"])
+        assert_same_log(f"{folder}/parts", f"{folder}/out")
+        printed = harness(folder, bad, *flags, "--resume=0", run=torchrun)
+        weights = re.findall(r"rank . ended (\w+)", printed)
+        assert len(weights) == 2 and weights[0] == weights[1] != a
+        assert read_log(f"{folder}/out")[-1]["skipped"] == read_checkpoint(f"{folder}/out")["skipped"] == 1
+
+
+def test_lost_processes():
+    """One of two processes dies: the other says so and ends within a minute (torchrun's SIGTERM saves nothing). One
+    hangs: the other says so. One has other flags: said before the first step."""
+    die = """
+def harm(number, losses):
+    if number == 2 and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    hang = """
+tokenizer.PATIENCE = 3
+def harm(number, losses):
+    if number == 2 and rank == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1000)
+"""
+    differ = """
+if rank == 1:
+    sys.argv.append("--seed=1")
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
+        printed = harness(folder, die, "--save_interval=1", run=torchrun, status=1)
+        assert time.monotonic() - start < 60 and "another process has ended" in printed
+        assert read_checkpoint(f"{folder}/out")["images"] == 32
+        printed = harness(folder, hang, "--resume=0", run=torchrun, status=1)
+        assert "another process hangs: no answer for 3 seconds" in printed
+        printed = harness(folder, differ, "--resume=0", run=torchrun, status=1)
+        assert "process 1 has another configuration than process 0" in printed
+
+
+def test_kills_at_random_moments():
+    """kill -9 twenty times in a row while every step saves: there is always a whole checkpoint, never an older one;
+    nothing half-written stays; at last the run ends as one that was never killed."""
+    code = """
+def harm(number, losses):
+    pass
+
+def run():
+    cfg = tokenizer.parse_config(tokenizer.Config, tokenizer.PRESETS)
+    cfg.kimg = 3.2
+    path = Path(cfg.out) / "tokenizer.pt"
+    draw = random.Random(0)
+    world = tokenizer.World(0, 1, torch.device("cpu"))
+    seen = 0
+    for kill in range(21):
+        child = os.fork()
+        if child == 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            tokenizer.train(cfg, tokenizer.init_world(cfg.out))
+        while not path.exists() or kill == 20 and time.sleep(1):
+            pass
+        time.sleep(draw.uniform(0.1, 1.0))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        now = tokenizer.load_checkpoint(path, "tokenizer")["images"]
+        assert now >= seen
+        seen = now
+    left = list(Path(cfg.out).glob("*.tmp"))
+    tokenizer.init_world(cfg.out)
+    print("kills:", 21, "images:", seen, "left:", len(left), len(list(Path(cfg.out).glob("*.tmp"))))
+    cfg.save_interval = 1000
+    torch.manual_seed(0)
+    again = tokenizer.fingerprint(tokenizer.train(cfg, world))
+    cfg.out += "-whole"
+    print("same" if again == tokenizer.fingerprint(tokenizer.train(cfg, world)) else "other", flush=True)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        printed = harness(folder, code, "--save_interval=1", "--ch=8")
+        counts = re.search(r"kills: 21 images: (\d+) left: (\d+) (\d+)", printed)
+        assert int(counts[1]) > 21 * 16 and counts[3] == "0" and "same" in printed, printed[-500:]
+
+
+def test_second_signal_ends_at_once():
+    """In the middle of a step, and nothing is saved."""
+    code = """
+def harm(number, losses):
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        harness(folder, code, status=-signal.SIGINT)
+        assert not Path(folder, "out", "tokenizer.pt").exists()
+
+
+def test_full_disk():
+    """A checkpoint, a log, samples that do not fit: one line; what was there stays, and nothing half-written."""
+    code = """
+def harm(number, losses):
+    if number == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        printed = harness(folder, code, "--save_interval=3", "--kimg=0.096", status=1)
+        assert "cannot write" in printed and "tokenizer.pt: " in printed and "rank" not in printed, printed
+        assert read_checkpoint(f"{folder}/out")["images"] == 3 * 16
+        assert not list(Path(folder, "out").glob("*.tmp"))
+        code = code.replace("100_000", "0")
+        printed = harness(folder, code, "--log_interval=1", "--resume=0", "--kimg=0.096", status=1)
+        assert "File too large" in printed, printed
+        paths = [Path(folder) / name for name in ("a.png", "b.npz")]
+        for path in paths:
+            path.write_bytes(b"old")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            fails(lambda: sample.write_png(paths[0], torch.randint(256, (3, 64, 64), dtype=torch.uint8)), "cannot write")
+            Image.new("RGB", (64, 64)).save(f"{folder}/c.png")
+            fails(lambda: sample.write_npz(paths[1], [f"{folder}/c.png"] * 9), "cannot write")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert all(path.read_bytes() == b"old" for path in paths) and not list(Path(folder).glob("*.tmp"))
+
+
+@with_tiny_vfm
+def test_steps_that_are_not_finite():
+    """Such a step changes neither weights, averages nor optimizers of any training, and is counted; ten in a row end the
+    run in a line that names the loss and the checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = tiny_config(folder, kimg=0.8, save_interval=1000)
+        trainer = tiny_trainer("vfmvae")
+        trainer.start_stage(tokenizer.STAGES["paper"]["vfmvae"][0])
+        batch = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.zeros(8)
+        for weights in trainer.tokenizer, trainer.gan:
+            trainer.step([batch], 0, 0)
+            before = copy.deepcopy(trainer.state_dict())
+            ema = {name: p.detach() + 1 for name, p in trainer.tokenizer.named_parameters()}
+            kept = copy.deepcopy(ema)
+            broken = next(p for p in weights.parameters() if p.requires_grad)
+            with mock.patch.object(tokenizer, "average_gradients", lambda parameters, world: [
+                    p.grad.fill_(math.inf) for p in parameters if p is broken]):
+                losses = trainer.step([batch], 0, 0)
+            assert losses["skipped"] == 1
+            after = trainer.state_dict()
+            parts = ("gan_optimizer",) if weights is trainer.gan else ("model", "optimizer", "gan", "gan_optimizer")
+            for part in parts:  # spectral norms' vectors follow from the weights
+                a, b = ({k: v for k, v in each[part].items() if not k.endswith(("_u", "_v"))} for each in (before, after))
+                assert_same(a, b)
+            tokenizer.average_weights(ema, trainer.tokenizer, 8, 8, 1.0, losses["skipped"])
+            assert_same(ema, kept)
+        with mock.patch.object(tokenizer, "ssim", lambda *a, **k: torch.tensor([1.0])), \
+                mock.patch.object(tokenizer, "kl_loss", lambda mean, logvar: mean.sum() * math.nan):
+            fails(lambda: tokenizer.train(cfg, WORLD), "10 steps in a row", "kl", "no checkpoint")
+
+
+@with_diffusion_folder
+def test_diffusion_skips_what_is_not_finite(folder, cfg):
+    """Gradients that overflow under a finite loss: the step is skipped, counted in log and checkpoint; the rest of the
+    run goes on."""
+    clip = nn.utils.clip_grad_norm_
+    norms = []
+
+    def overflow(*args):
+        norms.append(clip(*args))
+        return norms[-1] * (math.inf if len(norms) == 2 else 1)
+
+    train_diffusion(cfg, steps=1)
+    one = load(f"{cfg.out}/diffusion.pt")
+    with mock.patch.object(nn.utils, "clip_grad_norm_", overflow):
+        train_diffusion(cfg, steps=2, resume=False)
+        two = load(f"{cfg.out}/diffusion.pt")
+        train_diffusion(cfg, steps=4)
+    assert two["skipped"] == load(f"{cfg.out}/diffusion.pt")["skipped"] == log_lines(cfg.out)[-1]["skipped"] == 1
+    for part in ("model", "ema"):
+        assert_same(one[part], two[part])
+    assert_same(one["optimizer"]["state"], two["optimizer"]["state"])
+    last = "final_layer.linear.weight"
+    assert not torch.equal(load(f"{cfg.out}/diffusion.pt")["model"][last], two["model"][last])
+    before = Path(cfg.out, "diffusion.pt").read_bytes()
+    with mock.patch.object(nn.utils, "clip_grad_norm_", return_value=torch.tensor(math.inf)):
+        fails(lambda: train_diffusion(cfg, steps=20, save_interval=20), "10 steps in a row", "grad_norm", cfg.out)
+    assert Path(cfg.out, "diffusion.pt").read_bytes() == before
+
+
+def test_out_of_memory_names_the_flags():
+    """What to lower, by the script's own flags; bugs keep their traceback."""
+    for module, flags in (tokenizer, ["batch_size", "accumulate"]), (diffusion, ["encode_batch", "fsdp=1"]), \
+            (sample, ["batch_size"]):
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        with mock.patch.object(module, "parse_config", side_effect=error):
+            line = fails(lambda: tokenizer.main(module.run), "out of memory: ", status=1)
+        assert all(f"--{flag}" in line for flag in flags)
+    with mock.patch.object(sample, "parse_config", side_effect=RuntimeError("size mismatch")):
+        try:
+            tokenizer.main(sample.run)
+        except RuntimeError:
+            return
+    raise AssertionError("a bug passed for a user's mistake")
 
 
 # -----------------------------------------------------------------------------

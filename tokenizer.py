@@ -30,6 +30,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import inspect
@@ -37,6 +38,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import time
@@ -986,7 +988,7 @@ class Trainer:
         self.gan_start = stage.gan_start_kimg * 1000 * self.length_scale
         groups = select_parameters(self.tokenizer, stage.trains)
         self.parameters = sum(groups.values(), [])
-        adam = functools.partial(torch.optim.Adam, lr=stage.lr, betas=stage.betas, fused=device.type == "cuda")
+        adam = functools.partial(torch.optim.Adam, lr=stage.lr, betas=stage.betas, fused=True)
         rates = dict(encoder=stage.encoder_lr)
         self.optimizer = adam([dict(params=group, lr=rates.get(name, stage.lr)) for name, group in groups.items()])
 
@@ -1185,7 +1187,7 @@ class Trainer:
         return loss.detach()
 
     def step(self, batches, step, images_seen):
-        """On micro-batches (uint8 images, labels) -> losses of the last."""
+        """On micro-batches (uint8 images, labels) -> losses of the last, "skipped": 1 if not finite, else 0."""
         share = 1 / self.cfg.accumulate
         pairs = []
         for images, labels in batches:
@@ -1193,16 +1195,17 @@ class Trainer:
             losses, fake, target = self.generator_step(images, labels, step, images_seen, share)
             pairs.append((fake, target))
         average_gradients(self.parameters, self.world)
-        losses["grad_norm"] = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        losses["grad_norm"] = gradient_norm(self.parameters)
+        skipped = self.world.any_bad(losses.values())
+        step_unless(skipped, self.optimizer)
         if self.gan and images_seen >= self.gan_start:
             for fake, target in pairs:
                 losses["discriminator"] = self.discriminator_step(fake, target, share)
             average_gradients(self.gan_parameters, self.world)
-            self.gan_optimizer.step()
-            self.gan_optimizer.zero_grad()
-        return losses
+            bad = self.world.any_bad([losses["discriminator"], gradient_norm(self.gan_parameters)])
+            skipped = torch.maximum(skipped, bad)
+            step_unless(skipped, self.gan_optimizer)
+        return dict(losses, skipped=skipped)
 
 
 def select_parameters(tok, trains):
@@ -1229,6 +1232,24 @@ def average_gradients(parameters, world):
         torch._foreach_copy_(grads, torch._utils._unflatten_dense_tensors(flat, grads))
 
 
+def gradient_norm(parameters):
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def step_unless(skipped, optimizer):
+    """A step of fused Adam, which does nothing where the tensor `skipped` is 1 (GradScaler's way): the GPU decides."""
+    optimizer.found_inf = skipped
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def lerp_unless(skipped, averages, weights, weight):
+    """averages <- lerp(averages, weights, weight), unless the tensor `skipped` is 1."""
+    moves = torch._foreach_sub(weights, averages)
+    torch._foreach_mul_(moves, weight * (1 - skipped))
+    torch._foreach_add_(averages, moves)
+
+
 def load_moments(opt, saved):
     """Adam's state, at this run's rates, in parameters' memory layout, as fused Adam insists."""
     opt.load_state_dict(dict(opt.state_dict(), state=saved["state"]))
@@ -1237,12 +1258,13 @@ def load_moments(opt, saved):
             state[key] = torch.empty_like(p).copy_(state[key])
 
 
-def average_weights(averages, module, images, batch, half_kimg):
+def average_weights(averages, module, images, batch, half_kimg, skipped):
     """EMA of weights that train, {name: tensor}; half-life at most 5% of the images seen."""
     live = dict(module.named_parameters())
     names = [name for name in averages if live[name].requires_grad]
     decay = 0.5 ** (batch / max(1e-3, min(half_kimg * 1000, 0.05 * images)))
-    torch._foreach_lerp_([averages[name] for name in names], [live[name].detach() for name in names], 1 - decay)
+    weights = [live[name].detach() for name in names]
+    lerp_unless(skipped, [averages[name] for name in names], weights, 1 - decay)
 
 
 @contextlib.contextmanager
@@ -1333,6 +1355,7 @@ def train(cfg, world):
             raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
         load_state(tok, entries["model"], str(path))
         seen = entries["images"]
+    world.agree(configuration=cfg, checkpoint=seen, data=data.identity())
     if seen < start or start >= stop:
         raise UserError(f"stage {cfg.stage} starts at image {start}; {path} has seen {seen}, or is not read")
     if seen >= stop:
@@ -1352,8 +1375,16 @@ def train(cfg, world):
         print(f"{cfg.method} on {len(data)} images of {cfg.data}, {cfg.image_size} px; {millions:.1f} M parameters; "
               f"{world.size} x {world.device.type}; from image {seen}")
     log = Log(cfg.out, "tokenizer", world, stop // batch, seen // batch)
+    watch = Watch(world, path, entries)
     pictures = torch.stack([held_out[i][0] for i in range(min(16, len(held_out)))])
     pictures = to_float(pictures.to(world.device))
+
+    def save(number):
+        if world.rank == 0:
+            save_checkpoint(
+                path, kind="tokenizer", config=dataclasses.asdict(cfg), arch=tok.arch, ema=ema, classes=data.classes,
+                stage=number, images=seen, skipped=int(watch.skipped), **trainer.state_dict())
+        world.barrier()
 
     for number, stage, first, last in plan:
         if seen >= last:
@@ -1371,18 +1402,17 @@ def train(cfg, world):
         batches = iter(make_loader(data, order, world, cfg.workers))
         if world.rank == 0:
             tqdm.write(f"stage {number}, {stage.name}: images {first} to {last}, trains {stage.trains}")
-        for step in steps:
+        for step in watch.steps(steps):
             seed_step(cfg.seed, step, world.rank)
             trainer.set_lr(seen / end)
             losses = trainer.step((next(batches) for _ in range(cfg.accumulate)), step, seen)
             seen += batch
-            average_weights(ema, tok, seen, batch, cfg.ema_kimg)
+            average_weights(ema, tok, seen, batch, cfg.ema_kimg, losses["skipped"])
+            signal = watch.count(losses)
             log.bar.update()
             saving = (step + 1) % cfg.save_interval == 0 or seen == last
             if (step + 1) % cfg.log_interval == 0 or saving:
                 losses = {k: world.mean(v.to(world.device)) for k, v in losses.items()}
-                if not math.isfinite(losses["grad_norm"]):
-                    raise UserError(f"gradients are not finite at step {step + 1}; {path} is as it was")
                 lr = trainer.optimizer.param_groups[-1]["lr"]
                 log.write(step + 1, seen, epoch=seen / len(data), stage=number, lr=lr, **losses)
             if world.rank == 0 and ((step + 1) % cfg.grid_interval == 0 or seen == last):
@@ -1390,12 +1420,9 @@ def train(cfg, world):
                     decoded = tok.decode(tok.encode(pictures)[0]).float()
                 pairs = torch.stack([pictures, decoded], 1).flatten(0, 1)
                 save_grid(pairs, Path(cfg.out) / f"grids/tokenizer-{step + 1:07d}.png", 8)
-            if saving:
-                if world.rank == 0:
-                    save_checkpoint(
-                        path, kind="tokenizer", config=dataclasses.asdict(cfg), arch=tok.arch, ema=ema,
-                        classes=data.classes, stage=number, images=seen, **trainer.state_dict())
-                world.barrier()
+            if saving or signal:
+                save(number)
+            watch.obey(signal, step + 1)
     log.bar.close()
     tok.load_state_dict(ema, strict=False)
     return tok
@@ -1979,9 +2006,7 @@ def alone(path):
     """One process at a time: eight ranks fetch a file once."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as file:
-        with contextlib.suppress(ImportError):  # Windows has none
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file)
         yield
 
 
@@ -2118,6 +2143,11 @@ class Images(Dataset):
     def __len__(self):
         return len(self.source)
 
+    def identity(self):
+        """What tells it from another, without a look at the files."""
+        names = self.source.tolist() if isinstance(self.source, np.ndarray) else []
+        return names, self.classes, self.labels.tolist()
+
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
         rng = None if key is None else np.random.default_rng(key)
@@ -2173,7 +2203,15 @@ def step_batches(n, batch, seed, start, stop, world, accumulate=1):
 
 def make_loader(dataset, sampler, world, workers):
     """Batches of (uint8 [b, 3, S, S], labels [b]) from `step_batches` or any batch sampler."""
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda")
+    return DataLoader(
+        dataset, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
+        worker_init_fn=leave_signals)
+
+
+def leave_signals(worker):
+    """To the training process."""
+    for number in Watch.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --------------------------------------
@@ -2481,20 +2519,48 @@ def parse_config(Config, presets, argv=None, positional=()):
     return Config(**{**presets[preset], **vars(given), "preset": preset})
 
 
+MEMORY_FLAGS = dict(
+    batch_size="lower --batch_size", accumulate="raise --accumulate", encode_batch="lower --encode_batch",
+    checkpointing="--checkpointing=1", fsdp="--fsdp=1")
+DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO
+
+
 def main(run):
-    """Runs a script's `run()`; a UserError: one line, exit status 1."""
+    """Runs a script's `run()`. What a user, the machine or another process caused: one line, exit status 1."""
     try:
         run()
-    except UserError as error:
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        line = complaint(error, run.__globals__.get("Config", Config))
+        if not line:
+            raise
         for bar in list(tqdm._instances):
             bar.close()
-        line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]  # a DataLoader's worker adds a traceback
-        sys.exit(f"{Path(sys.argv[0]).name}: {line}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(1)  # leaving the group could wait for the others
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def complaint(error, Config):
+    """The line, or None for what is our mistake."""
+    text = str(error).strip()
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+        fields = [field.name for field in dataclasses.fields(Config)]
+        return "out of memory: " + " or ".join(way for name, way in MEMORY_FLAGS.items() if name in fields)
+    if isinstance(error, UserError) or "UserError: " in text:
+        return text.splitlines()[-1].split("UserError: ")[-1]  # a DataLoader's worker adds a traceback
+    if text.startswith("DataLoader worker") or getattr(error, "errno", None) in DISK_ERRORS:
+        return text.splitlines()[0]
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("gloo|pair closure", text)):
+        if re.search("time(d )?out", text, re.I):
+            return f"another process hangs: no answer for {PATIENCE} seconds"
+        return "another process has ended: its message is above"
 
 
 # dense bf16, NVIDIA's datasheets
@@ -2523,8 +2589,27 @@ class World:
                 return flops * rate / (peak * self.size)
 
     def barrier(self):
+        """Waits, however long one process alone lists a million files."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(patient_group())
+
+    def agree(self, **parts):
+        """UserError unless all processes run the same code and have the same parts (tensors, text)."""
+        if self.size == 1:
+            return
+        parts["code"] = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        mine = {name: fingerprint(part) for name, part in parts.items()}
+        every = [None] * self.size
+        dist.all_gather_object(every, mine)
+        for rank, theirs in enumerate(every):
+            for name in parts:
+                if theirs[name] != every[0][name]:
+                    raise UserError(f"process {rank} has another {name} than process 0")
+
+    def any_bad(self, values):
+        """A tensor, so that nobody waits for the GPU: 1 if one of the values on any process is not finite, else 0."""
+        bad = ~torch.stack([value.float() for value in values]).isfinite().all()
+        return self.sum(bad.float()).clamp(max=1)
 
     def sum(self, tensor):
         """Over processes, in place."""
@@ -2537,8 +2622,9 @@ class World:
         return self.sum(tensor.div_(self.size))
 
 
-def init_world():
-    """Joins torchrun's process group (NCCL on GPUs, gloo on the CPU), or stands alone."""
+def init_world(*folders):
+    """Joins torchrun's process group (NCCL on GPUs, gloo on the CPU), or stands alone. Removes from the folders what
+    killed runs left half-written."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -2551,9 +2637,22 @@ def init_world():
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
             libc.mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD
-    if size > 1 and not dist.is_initialized():  # others wait while one lists a million files
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    if rank == 0:
+        for folder in folders:
+            remove_leftovers(folder)
+    if size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PATIENCE))
+        patient_group()
     return World(rank, size, device)
+
+
+PATIENCE = 600  # seconds that a collective may take, PyTorch's
+
+
+@functools.cache
+def patient_group():
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
 
 
 def seed_step(seed, step, rank=0):
@@ -2562,20 +2661,118 @@ def seed_step(seed, step, rank=0):
     torch.manual_seed(int.from_bytes(digest, "little"))
 
 
+class Watch:
+    """Over a training's steps: signals, and steps whose losses or gradients are not finite. All processes act on the
+    same step, and none waits for its GPU: what is to be done is a step old, or as old as the GPU's queue."""
+    SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)  # save; save and end
+    MOST = 10  # skipped steps in a row (ours)
+
+    def __init__(self, world, path, entries=None):
+        """path: the training's checkpoint, entries: what it held."""
+        self.world = world
+        self.path = path
+        self.skipped = torch.tensor(float(entries["skipped"] if entries else 0), device=world.device)
+        self.row = torch.zeros((), device=world.device)  # skipped in a row
+        self.row_on_host = torch.zeros((), pin_memory=world.device.type == "cuda")  # the newest that has arrived
+        self.received = 0  # the signal to be passed on, by its place in SIGNALS, from 1
+        self.ending = None  # when the first that ends the run came
+        self.pending = None  # (its maximum over processes, collective) of the step before
+
+    def handle(self, number, frame):
+        if number != signal.SIGUSR1:
+            # torchrun passes on what a terminal or scheduler has sent to all
+            if self.ending and time.monotonic() - self.ending > 2 * ("TORCHELASTIC_RUN_ID" in os.environ):
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self.ending = self.ending or time.monotonic()
+        self.received = max(self.received, self.SIGNALS.index(number) + 1)
+
+    def steps(self, steps):
+        """The steps, while this object handles signals."""
+        before = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
+        try:
+            yield from steps
+            if self.pending:
+                self.pending[1].wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def count(self, losses):
+        """After each step, with its losses and "skipped" (then the number so far) -> the signal to obey now, or 0."""
+        self.row = (self.row + 1) * losses["skipped"]
+        self.skipped += losses["skipped"]
+        losses["skipped"] = self.skipped.clone()
+        self.row_on_host.copy_(self.row, non_blocking=True)
+        state = torch.tensor([self.received, int(self.row_on_host)])
+        self.received = 0
+        if self.world.size > 1:
+            work = dist.all_reduce(state, dist.ReduceOp.MAX, async_op=True)
+            before = self.pending
+            self.pending = state, work
+            if not before:
+                return 0
+            before[1].wait()
+            state = before[0]
+        received, row = state.tolist()
+        if row >= self.MOST:
+            bad = [name for name, value in losses.items() if not value.isfinite()]
+            there = f"{self.path} is the last checkpoint" if os.path.exists(self.path) else "no checkpoint was written"
+            raise UserError(f"{row} steps in a row were not finite, first of all {bad[0] if bad else 'elsewhere'}; {there}")
+        return self.SIGNALS[received - 1] if received else 0
+
+    def obey(self, number, step):
+        """Ends the run, if the signal says so, when its checkpoint is written."""
+        if not number:
+            return
+        if self.world.rank == 0:
+            tqdm.write(f"{signal.Signals(number).name} at step {step}: saved to {self.path}")
+        if number != signal.SIGUSR1:
+            sys.exit(128 + number)
+
+
+def lock(file, wait=True):
+    """Whether this process has an open file for itself, until it closes it or dies."""
+    try:
+        import fcntl  # Windows has none
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def replacing(path):
-    """A temporary path, renamed onto `path` when the block ends: readers never see half a file."""
+def replacing(path, sync=True):
+    """A temporary path, renamed onto `path` when the block ends: readers never see half a file; nor, with `sync`, after
+    a power cut."""
     path = Path(path)
     temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temp
+        with open(temp, "wb") as file:
+            lock(file)
+            yield temp
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temp, path)
+        if sync:
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
         raise UserError(f"cannot write {path}: {error}".splitlines()[0])
     finally:
         if temp.exists():
             temp.unlink()
+
+
+def remove_leftovers(folder):
+    """Temporary files that no living process has locked."""
+    for depth in ("", "*/", "*/*/"):
+        for temp in Path(folder).glob(f"{depth}*.tmp"):
+            with contextlib.suppress(OSError), open(temp, "rb+") as file:
+                if re.search(r"\.\d+\.tmp$", temp.name) and lock(file, wait=False):
+                    temp.unlink()
 
 
 def save_checkpoint(path, **entries):
@@ -2650,7 +2847,7 @@ class Log:
             values.update(images_per_second=rate, mfu=self.world.mfu(self.flops, rate))
         self.last = now, images
         if self.world.rank == 0:
-            values = {k: float(f"{v:.6g}") for k, v in values.items() if v is not None}
+            values = {k: float(f"{v:.6g}") for k, v in values.items() if v is not None and math.isfinite(v)}
             with open(self.path, "a") as file:
                 file.write(json.dumps(dict(script=self.script, step=step, images=images, **values)) + "\n")
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
@@ -2726,7 +2923,7 @@ def save_grid(images, path, columns, labels=None):
 
 def run():
     cfg = parse_config(Config, PRESETS)
-    world = init_world()
+    world = init_world(cfg.out, cfg.cache)
     if cfg.bench:
         bench(cfg, world)
     else:
