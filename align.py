@@ -233,7 +233,7 @@ def pooled_features(subjects, vfms, images):
                 cls = tokens(dit.about["config"]["align_vfm"], z.shape[-1] // dit.patch_size)[:, 0]  # [B, D]
             # clean, t = 0.5, null class: what it makes of the image itself
             t = z.new_full((len(z),), 0.5)
-            y = torch.full_like(t, dit.num_classes, dtype=torch.long)
+            y = dit.null(len(t))
             for i, x in enumerate(dit((z - mean) / std, t, y, cls, blocks=True), 1):  # [B, (1 +) N, D]
                 yield (name, f"block {i}"), x[:, int(dit.cls_dim > 0):].float().mean(1)
 

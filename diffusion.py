@@ -3,6 +3,7 @@ The diffusion transformer, flow matching, and training on cached latents.
 
     python diffusion.py  # toy, on out/tokenizer.pt; minutes
     python diffusion.py --align=reg --arch=sit  # REG, REPA (VFM-VAE's dual alignment)
+    python diffusion.py --text=toy  # captions in place of classes
     python diffusion.py --preset=imagenet  # LightningDiT-XL/1, 80 epochs; --preset=reg: SiT-XL/1 with REG
     torchrun --nproc_per_node=8 diffusion.py  # --fsdp=1: shards
 
@@ -45,9 +46,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizer import (
-    MLP, Log, Positive, UserError, Watch, fingerprint, init_world, leave_signals, lerp_unless, load_checkpoint,
-    load_state, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data, parse_config, read_json,
-    save_checkpoint, save_grid, seed_step, step_batches, step_unless, time_steps, to_float, write_json)
+    MLP, Log, Positive, ShapesText, UserError, Watch, fingerprint, init_world, leave_signals, lerp_unless,
+    load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
+    parse_config, read_json, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless, time_steps, to_float, write_json)
 
 
 @dataclass
@@ -70,7 +71,8 @@ class Config:
     val_images: Positive = 4_096  # of the validation loss
     workers: int = 8  # loader processes
     # model
-    model: Literal["toy", "B", "L", "XL", "1.0B", "1.6B"] = "XL"
+    text: str = ""  # captions, not classes: toy (their words), or load_text's encoder -> diffusion-text.pt
+    model: Literal["toy", "B", "L", "XL", "1.0B", "1.6B", "2B"] = "XL"
     depth: int = 0  # 0: the model's
     hidden_size: int = 0  # likewise
     num_heads: int = 0  # likewise
@@ -122,7 +124,7 @@ PRESETS = dict(
 
 SIZES = {  # depth, width, heads
     "toy": (4, 128, 4), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "1.0B": (24, 1536, 24),
-    "1.6B": (28, 1792, 28)}
+    "1.6B": (28, 1792, 28), "2B": (26, 2048, 16)}
 
 # --------------------------------------
 # The transformer. Parameters are named as in LightningDiT's and REG's checkpoints
@@ -210,6 +212,33 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat((angles.cos(), angles.sin()), -1))  # [B, D]
 
 
+class TextEmbedder(nn.Module):
+    """Captions for the DiT (ours, after FLUX and PixArt): y, an encoder's states [B, L (+ 1, the pooled one), dim] or
+    with a `vocabulary` ids [B, L] -> tokens [B, L, D], what its pooled state adds to adaLN's condition [B, D] or 0. No
+    mask: lengths are fixed, pads are attended."""
+
+    def __init__(self, width, length, dim, pooled, vocabulary):
+        super().__init__()
+        self.length = length
+        self.embedding = None
+        self.pool = None
+        norm = functools.partial(RMSNorm, eps=1e-6)
+        if vocabulary:
+            self.embedding = nn.Embedding(vocabulary, dim)
+            self.positions = nn.Parameter(torch.randn(length, dim) * 0.02)
+        else:  # the encoder's of ""
+            self.register_buffer("null", torch.zeros(length + pooled, dim))
+        self.mlp = nn.Sequential(norm(dim), nn.Linear(dim, width), nn.GELU("tanh"), nn.Linear(width, width))
+        if pooled:
+            self.pool = nn.Sequential(norm(dim), nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, y):
+        if self.embedding is not None:
+            y = self.embedding(y) + self.positions  # [B, L, dim]
+        pooled = self.pool(y[:, self.length]) if self.pool is not None else 0  # [B, D]
+        return self.mlp(y[:, :self.length]), pooled  # [B, L, D]
+
+
 class FinalLayer(nn.Module):
     def __init__(self, dim, out, cls_dim, norm):
         super().__init__()
@@ -240,14 +269,14 @@ def position_tables(grid, dim, head_dim):
 
 class DiT(nn.Module):
     """model(x, t, y) -> v: latents x [B, C, S, S] (or smaller), times t [B] from 0 (noise) to 1 (data), classes y [B]
-    (num_classes: null), velocity v = data - noise. cls [B, cls_dim]: REG's class token, noised. With it (cls_dim > 0)
-    or REPA's head (z_dim > 0): -> (v, v_cls [B, cls_dim] or None, projection [B, (1 +) N, z_dim] or None). blocks=True:
-    -> each block's tokens [B, (1 +) N, D]."""
+    (num_classes: null) or captions (text_tokens > 0: see TextEmbedder), velocity v = data - noise. cls [B, cls_dim]:
+    REG's class token, noised. With it (cls_dim > 0) or REPA's head (z_dim > 0): -> (v, v_cls [B, cls_dim] or None,
+    projection [B, (1 +) N, z_dim] or None). blocks=True: -> each block's tokens [B, (1 +) N, D]."""
 
     def __init__(
             self, input_size=16, in_channels=32, patch_size=1, hidden_size=1152, depth=28, num_heads=16,
             num_classes=1000, arch="lightningdit", mlp_hidden=0, qk_norm=False, cls_dim=0, z_dim=0, projector_dim=2048,
-            encoder_depth=8):
+            encoder_depth=8, text_tokens=0, text_dim=0, text_pooled=False, vocabulary=0):
         super().__init__()
         if input_size % patch_size or hidden_size % (4 * num_heads):
             raise UserError(f"{patch_size=} must divide {input_size=}, 4 x {num_heads=} must divide {hidden_size=}")
@@ -257,6 +286,7 @@ class DiT(nn.Module):
         self.grid = input_size // patch_size
         self.num_classes = num_classes
         self.cls_dim = cls_dim
+        self.text_tokens = text_tokens
         self.encoder_depth = encoder_depth
         self.checkpointing = False
         D = hidden_size
@@ -272,7 +302,10 @@ class DiT(nn.Module):
 
         self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(in_channels, D, patch_size, patch_size)))
         self.t_embedder = TimestepEmbedder(D)
-        self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(num_classes + 1, D)))
+        if text_tokens:
+            self.text_embedder = TextEmbedder(D, text_tokens, text_dim, text_pooled, vocabulary)
+        else:
+            self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(num_classes + 1, D)))
         self.blocks = nn.ModuleList(DiTBlock(D, num_heads, mlp, norm, head_norm) for _ in range(depth))
         self.final_layer = FinalLayer(D, patch_size ** 2 * in_channels, cls_dim, norm)
         if cls_dim:
@@ -294,13 +327,24 @@ class DiT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
                 nn.init.zeros_(module.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder["embedding_table"]):
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for part in (*self.blocks, self.final_layer):
             nn.init.zeros_(part.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         if self.cls_dim:
             nn.init.zeros_(self.final_layer.linear_cls.weight)
+
+    def null(self, n):
+        """y of n images without class or caption."""
+        device = self.pos_embed.device
+        if not self.text_tokens:
+            return torch.full((n,), self.num_classes, device=device)
+        if self.text_embedder.embedding is not None:
+            return torch.zeros(n, self.text_tokens, dtype=torch.long, device=device)
+        return self.text_embedder.null.expand(n, -1, -1)
 
     def forward(self, x, t, y, cls=None, blocks=False):
         p = self.patch_size
@@ -311,38 +355,45 @@ class DiT(nn.Module):
         if self.cls_dim:  # first, without a position
             token = self.wg_norm(self.cls_projectors2(cls))  # [B, D]
             x = torch.cat((token[:, None], x), 1)  # [B, 1 + N, D]
+        c = self.t_embedder(t)  # [B, D]
+        if self.text_tokens:  # before all, without positions
+            text, pooled = self.text_embedder(y)
+            c = c + pooled
+            x = torch.cat((text.to(x.dtype), x), 1)  # [B, L + (1 +) N, D]
+        else:
+            c = c + self.y_embedder["embedding_table"](y)
         rope = None
         if self.rope_angles is not None:
             angles = self.rope_angles[:h, :w].flatten(0, 1)[:, None]  # [N, 1, d / 2]
-            angles = F.pad(angles, (0, 0, 0, 0, int(self.cls_dim > 0), 0))
+            angles = F.pad(angles, (0, 0, 0, 0, x.shape[1] - h * w, 0))
             rope = angles.cos(), angles.sin()
-        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)  # [B, D]
         states = []
         projection = None
         for i, block in enumerate(self.blocks, 1):
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, c, rope, use_reentrant=False)
             else:
-                x = block(x, c, rope)  # [B, (1 +) N, D]
+                x = block(x, c, rope)  # [B, L + (1 +) N, D]
             if blocks:
-                states.append(x)
+                states.append(x[:, self.text_tokens:])
             if self.projectors and i == self.encoder_depth:
-                projection = self.projectors[0](x)  # [B, (1 +) N, z_dim]
+                projection = self.projectors[0](x[:, self.text_tokens:])  # [B, (1 +) N, z_dim]
         if blocks:
             return states
-        v, v_cls = self.final_layer(x, c)  # [B, N, p p C], [B, cls_dim]
+        v, v_cls = self.final_layer(x[:, self.text_tokens:], c)  # [B, N, p p C], [B, cls_dim]
         v = v.view(-1, h, w, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
         v = v.flatten(4).flatten(2, 3).contiguous()  # [B, C, S, S]
         return (v, v_cls, projection) if self.cls_dim or self.projectors else v
 
     def flops(self):
         """Of an image's forward pass, matrix products alone."""
-        tokens = self.grid ** 2 + (self.cls_dim > 0)
+        image = self.grid ** 2 + (self.cls_dim > 0)
+        tokens = self.text_tokens + image
         products = 2 * len(self.blocks) * tokens ** 2 * self.pos_embed.shape[-1]  # attention
         for name, weight in self.named_parameters():
-            if weight.ndim > 1 and "y_embedder" not in name:
-                once = re.search("t_embedder|adaLN|cls", name)  # the others per token
-                products += weight.numel() * (1 if once else tokens)
+            if weight.ndim > 1 and not re.search(r"y_embedder|embedding|positions", name):
+                where = re.search(r"(t_embedder|adaLN|cls|pool)|(text)|(x_embedder|final|projectors)|", name)
+                products += weight.numel() * {1: 1, 2: self.text_tokens, 3: image, None: tokens}[where.lastindex]
         return 2 * products
 
 
@@ -351,7 +402,7 @@ class DiT(nn.Module):
 
 def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
     """The objective's terms [B] at x_t = t latents + (1 - t) noise, unweighted. latents [B, C, S, S]: normalised;
-    labels: after dropout.
+    labels: the DiT's y, after dropout.
 
     velocity: squared error; cosine: 1 - cos over channels (LightningDiT); repa: - cos(projection, the
     VFM's `tokens` [B, (1 +) N, D] of the clean images) (REPA eq. 8); cls: velocity error of the class token
@@ -382,10 +433,13 @@ def draw_times(n, step, cfg, device):
     return torch.randn(n, device=device).sigmoid()
 
 
-def guided(model, state, t, y, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=0, cls_cfg_scale=0.0, guide=None):
+def guided(
+        model, state, t, y, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=0, cls_cfg_scale=0.0, guide=None,
+        negative=None):
     """Velocities of state = [x] or [x, REG's class token] at time t: other + scale (conditional - other) in
-    cfg_interval, else conditional. The other: the null class's, in the same batch, or the weaker model `guide`'s
-    (autoguidance). cfg_channels: the first so many (0: all); cls_cfg_scale: of the class token (0: none)."""
+    cfg_interval, else conditional. The other: of y = `negative` (None: the null class or caption), in the same batch,
+    or the weaker model `guide`'s (autoguidance). cfg_channels: the first so many (0: all); cls_cfg_scale: of the class
+    token (0: none)."""
     def evaluate(net, state, y):
         x, *cls = (s.float() for s in state)
         out = net(x, torch.full((len(y),), t, device=y.device), y, *cls)
@@ -395,8 +449,8 @@ def guided(model, state, t, y, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_chann
     if cfg_scale == 1 or not low <= t <= high:
         return evaluate(model, state, y)
     if guide is None:
-        null = torch.full_like(y, model.num_classes)
-        both = evaluate(model, [torch.cat((s, s)) for s in state], torch.cat((y, null)))
+        other = model.null(len(y)) if negative is None else negative.expand_as(y)
+        both = evaluate(model, [torch.cat((s, s)) for s in state], torch.cat((y, other.to(y.dtype))))
         own, other = zip(*(v.chunk(2) for v in both))
     else:
         own = evaluate(model, state, y)
@@ -492,16 +546,18 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, rows=16):
-    """Images [B, 3, H, W] in [-1, 1] of classes y [B], by the latents' mean, std [C]. Image i is a function of
-    (cfg.seed, indices[i], class), not of its batch: `rows` at least are computed, as BLAS rounds otherwise for few."""
+def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, rows=16, negative=None):
+    """Images [B, 3, H, W] in [-1, 1] of classes y [B] or captions, by the latents' mean, std [C]. Image i is a function
+    of (cfg.seed, indices[i], y[i]), not of its batch: `rows` at least are computed, as BLAS rounds otherwise for few."""
     device = world.device
     some = np.arange(max(rows, len(y))) % len(y)
     noise = ImageNoise(cfg.seed, np.asarray(indices)[some])
     x = noise(torch.empty(len(some), model.in_channels, model.input_size, model.input_size, device=device))
     cls = noise(torch.empty(len(some), model.cls_dim, device=device)) if model.cls_dim else None
     labels = y[some].to(device)
-    shared = dict(cfg_scale=cfg.cfg_scale, cfg_interval=cfg.cfg_interval, cls_cfg_scale=cfg.cls_cfg_scale, guide=guide)
+    shared = dict(
+        cfg_scale=cfg.cfg_scale, cfg_interval=cfg.cfg_interval, cls_cfg_scale=cfg.cls_cfg_scale, guide=guide,
+        negative=negative)
     with world.autocast():
         if cfg.solver == "sde":
             z = sde(model, x, labels, cfg.num_steps, cls, noise, **shared)  # [B, C, S, S]
@@ -583,8 +639,8 @@ def load_diffusion(path, **overrides):
 # --------------------------------------
 # Training
 
-def model_arch(cfg, channels, side, num_classes, vfm_dim):
-    """DiT arguments by the flags; vfm_dim: width of the tokens to align with, or 0."""
+def model_arch(cfg, channels, side, num_classes, vfm_dim, text=None):
+    """DiT arguments by the flags; vfm_dim: width of the tokens to align with, or 0; text: ShapesText or load_text's."""
     depth, width, heads = SIZES[cfg.model]
     depth = cfg.depth or depth
     if vfm_dim and cfg.encoder_depth > depth:
@@ -594,6 +650,11 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim):
         depth=depth, num_heads=cfg.num_heads or heads, num_classes=num_classes, arch=cfg.arch, qk_norm=cfg.qk_norm,
         cls_dim=vfm_dim if cfg.align == "reg" else 0, z_dim=vfm_dim, projector_dim=cfg.projector_dim,
         encoder_depth=cfg.encoder_depth)
+    if text:
+        vocabulary = len(text.words) + 1 if isinstance(text, ShapesText) else 0
+        arch.update(
+            num_classes=0, qk_norm=True, text_tokens=text.length, vocabulary=vocabulary,
+            text_dim=arch["hidden_size"] if vocabulary else text.dim, text_pooled=not vocabulary and text.pooled_dim > 0)
     with torch.device("meta"):
         DiT(**arch)  # complains before hours of encoding
     return arch
@@ -654,8 +715,9 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
     for k, batch in enumerate(batches, 1):
         x = batch["latents"]
         tokens = batch["tokens"]
+        labels = batch["labels"]
         dropped = torch.rand(len(x), device=world.device) < cfg.class_dropout
-        labels = torch.where(dropped, model.num_classes, batch["labels"])
+        labels = torch.where(dropped.view(-1, *[1] * (labels.ndim - 1)), model.null(len(x)).to(labels.dtype), labels)
         cls_noise = torch.randn_like(tokens[:, 0]) if model.cls_dim else None
         t = draw_times(len(x), step, cfg, world.device)
         if cfg.fsdp:
@@ -680,20 +742,30 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
     return dict(totals, skipped=skipped)
 
 
-def normalise_rows(rows, mean, std):
-    """Cache rows -> dict(latents, labels, tokens or None), float32, on the device of mean, std [C, 1, 1]."""
+@torch.no_grad()
+def caption_states(text, ids):
+    """The DiT's y of captions' ids [B, L]: the toy's themselves, else the encoder's states, the pooled one last."""
+    if isinstance(text, ShapesText):
+        return ids.long()
+    tokens, pooled = text.encode(ids)  # [B, L, D], [B, D] or None
+    return tokens if pooled is None else torch.cat((tokens, pooled[:, None]), 1)
+
+
+def normalise_rows(rows, mean, std, text=None):
+    """Cache rows -> dict(latents, labels: the DiT's y, tokens or None), float32, on the device of mean, std [C, 1, 1]."""
     rows = {name: value.to(mean.device, non_blocking=True) for name, value in rows.items()}
     tokens = rows["features"].float() if "features" in rows else None  # [B, (1 +) N, D]
-    return dict(latents=(rows["latents"].float() - mean) / std, labels=rows["labels"], tokens=tokens)
+    labels = caption_states(text, rows["labels"]) if text else rows["labels"]
+    return dict(latents=(rows["latents"].float() - mean) / std, labels=labels, tokens=tokens)
 
 
 @torch.no_grad()
-def validate(model, val, mean, std, world, batch):
+def validate(model, val, mean, std, world, batch, text=None):
     """Mean losses on held-out latents; times and noises are the image number's."""
     mine = torch.arange(world.rank, len(val) // world.size * world.size, world.size)
     totals = {}
     for index in mine.split(batch):
-        data = normalise_rows(val.read(index, 0 * index), mean, std)
+        data = normalise_rows(val.read(index, 0 * index), mean, std, text)
         x = data["latents"]
         noise = ImageNoise(0, index)
         t = (index.double() * 0.6180339887498949 % 1).float().to(world.device)  # golden ratio
@@ -708,7 +780,8 @@ def validate(model, val, mean, std, world, batch):
 def train(cfg, world):
     """Caches latents, trains or goes on -> OUT/diffusion.pt, OUT/log.jsonl, OUT/grids."""
     out = Path(cfg.out)
-    path = out / "diffusion.pt"
+    stem = "diffusion-text" if cfg.text else "diffusion"
+    path = out / f"{stem}.pt"
     source = cfg.tokenizer or f"{out}/tokenizer.pt"
     if not os.path.exists(source):
         raise UserError(f"no {source}: run tokenizer.py first, or give --tokenizer")
@@ -719,7 +792,10 @@ def train(cfg, world):
     images = open_data(cfg, "train", size, flip=True)
     held = open_data(cfg, "val", size)
     classes = list(images.classes)
-    if list(held.classes) != classes:
+    text = None
+    if cfg.text:
+        text = ShapesText() if cfg.text == "toy" else load_text(cfg.text).to(world.device)
+    elif list(held.classes) != classes:
         raise UserError(f"{cfg.data}: val's classes are not train's")
     vfm = None
     if cfg.align != "none":
@@ -727,7 +803,7 @@ def train(cfg, world):
         if cfg.align == "reg" and vfm.cls_token is None:
             raise UserError(f"--align=reg: {cfg.align_vfm} has no class token")
     side = size // tok.downsample
-    arch = model_arch(cfg, tok.z_dim, side, len(classes), vfm.embed_dim if vfm else 0)
+    arch = model_arch(cfg, tok.z_dim, side, len(classes), vfm.embed_dim if vfm else 0, text)
     grid = side // cfg.patch_size
     folder = Path(cfg.latents or out / "latents")
     shared = dict(dtype=cfg.cache_dtype, grid=grid, batch=cfg.encode_batch, workers=cfg.workers)
@@ -738,6 +814,11 @@ def train(cfg, world):
     some = np.linspace(0, len(held) - 1, min(cfg.val_images, len(held))).astype(int)
     val = cache_latents(folder / "val", tok, held, world, some, vfm=vfm, **shared)
     mean, std = (values.view(-1, 1, 1).to(world.device) for values in (latents.mean, latents.std))
+    if text:
+        latents.mirrored = False  # left would be right
+        latents.labels = caption_ids(folder, text, images, np.arange(len(images)), world)  # [n, L]
+        val.labels = caption_ids(folder, text, held, some, world)
+        latents.rows = torch.from_numpy(np.flatnonzero(images.in_text_training()))
 
     # the model
     origin = latents.meta["arrays"]["latents"]["of"]
@@ -745,18 +826,23 @@ def train(cfg, world):
     saved = load_checkpoint(path, "diffusion") if cfg.resume and path.exists() else None
     if saved:
         start = saved["step"]
-        now = dict(arch, latents=origin, seed=cfg.seed, batch_size=cfg.batch_size, align_vfm=cfg.align_vfm)
+        now = dict(
+            arch, latents=origin, seed=cfg.seed, batch_size=cfg.batch_size, align_vfm=cfg.align_vfm, text=cfg.text)
         then = {**saved["config"], **saved["arch"], "latents": saved["latents"]}
         changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
         if changed:
             raise UserError(f"{path} is another run's ({'; '.join(changed)}): --resume=0 or another --out")
     world.agree(configuration=cfg, data=images.identity(), checkpoint=start)
     model, parallel, ema, optimizer = build(cfg, world, arch, saved)
+    if text and not saved:
+        for net in (model, ema):
+            if not arch["vocabulary"]:
+                net.text_embedder.null.copy_(caption_states(text, text.ids([""]).to(world.device))[0])
     watch = Watch(world, path, saved)
     del saved
     if world.rank == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        epochs = cfg.steps * cfg.batch_size / len(images)
+        epochs = cfg.steps * cfg.batch_size / len(latents)
         print(f"{millions:.1f} M parameters; {epochs:.1f} epochs; from step {start:,}", flush=True)
 
     def save(step):
@@ -767,23 +853,27 @@ def train(cfg, world):
                 latents=origin, tokenizer=source, classes=classes, image_size=size, step=step,
                 images=step * cfg.batch_size, skipped=int(watch.skipped))
             if cfg.keep:  # first: a kill leaves no gap
-                save_checkpoint(out / f"diffusion-{step}.pt", **entries)
+                save_checkpoint(out / f"{stem}-{step}.pt", **entries)
             save_checkpoint(path, **entries)
         world.barrier()
 
     def picture(step):
-        columns = min(len(classes), 10)
+        columns = 8 if text else min(len(classes), 10)
         y = torch.arange(columns).repeat(4)
+        names = [classes[i] for i in y]
+        if text:
+            names = [held.caption(i) for i in some[:len(y)]]
+            y = caption_states(text, text.ids(names).to(world.device))
         sampling = Sampling(seed=cfg.seed, solver="ab2", num_steps=20, cfg_scale=3.0)
         pictures = generate(ema, tok, latents.mean, latents.std, range(len(y)), y, sampling, world)
         if world.rank == 0:
-            save_grid(pictures, out / f"grids/diffusion-{step:07d}.png", columns, [classes[i] for i in y])
+            save_grid(pictures, out / f"grids/{stem}-{step:07d}.png", columns, names)
 
     def due(step, interval):
         return step == cfg.steps or interval > 0 and step % interval == 0
 
     # the loop. The loader draws a random number as it starts: not in a step
-    order = step_batches(len(images), cfg.batch_size, cfg.seed, start, cfg.steps, world, cfg.accumulate)
+    order = step_batches(len(latents), cfg.batch_size, cfg.seed, start, cfg.steps, world, cfg.accumulate)
     cuda = world.device.type == "cuda"
     loader = DataLoader(
         latents, batch_sampler=order, collate_fn=dict, num_workers=cfg.workers, pin_memory=cuda,
@@ -795,9 +885,9 @@ def train(cfg, world):
         if live:
             with torch.no_grad(), world.autocast():
                 rows["features"] = vfm_tokens(vfm, to_float(rows.pop("pictures").to(world.device)), grid)
-        return normalise_rows(rows, mean, std)
+        return normalise_rows(rows, mean, std, text)
 
-    log = Log(out, "diffusion", world, cfg.steps, start)
+    log = Log(out, stem, world, cfg.steps, start)
     log.flops = 3 * model.flops()  # backward: twice forward
     for step in watch.steps(range(start, cfg.steps)):
         seed_step(cfg.seed, step, world.rank)
@@ -807,11 +897,11 @@ def train(cfg, world):
         done = step + 1
         log.bar.update()
         if due(done, cfg.val_interval):
-            losses.update(validate(ema, val, mean, std, world, cfg.encode_batch))
+            losses.update(validate(ema, val, mean, std, world, cfg.encode_batch, text))
         if due(done, cfg.log_interval) or due(done, cfg.val_interval) or due(done, cfg.save_interval):
             losses = {name: world.mean(value.clone()) for name, value in losses.items()}
             seen = done * cfg.batch_size
-            log.write(done, seen, lr=optimizer.param_groups[0]["lr"], epoch=seen / len(images), **losses)
+            log.write(done, seen, lr=optimizer.param_groups[0]["lr"], epoch=seen / len(latents), **losses)
         if cfg.sample_interval and due(done, cfg.sample_interval):
             picture(done)
         if due(done, cfg.save_interval) or signal:
@@ -829,7 +919,7 @@ def bench(cfg, world):
     n = cfg.batch_size // world.size // cfg.accumulate
     with world.device:
         tokens = torch.randn(n, 1 + parts[0].grid ** 2, dim)
-        batch = dict(latents=torch.randn(n, 32, 16, 16), labels=torch.randint(1000, (n,)), tokens=tokens)
+        batch = dict(latents=torch.randn(n, 32, 16, 16), labels=parts[0].null(n), tokens=tokens)
 
     def step():
         train_step(*parts, [batch] * cfg.accumulate, cfg, world, 0)
@@ -852,38 +942,58 @@ def vfm_tokens(vfm, images, grid):
 
 
 class Latents(Dataset):
-    """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `labels` [n], the latents'
-    `mean`, `std` [C]. The pixels of `images`, if set, come along."""
+    """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `labels` [n] (or captions'
+    ids [n, L]), the latents' `mean`, `std` [C]. Items are the images `rows`. The pixels of `images`, if set, come
+    along."""
     images = None
+    mirrored = True  # half of the items
 
     def __init__(self, folder, names):
         folder = Path(folder)
         self.meta = read_json(folder / "meta.json")
         self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        self.rows = torch.arange(len(self.labels))
         self.mean = torch.tensor(self.meta["mean"])
         self.std = torch.tensor(self.meta["std"])
-        self.arrays = {name: mapped(folder, name, self.meta["arrays"][name]["dtype"]) for name in names}
+        self.arrays = {}
+        for name in names:
+            self.arrays[name] = mapped(folder / f"{name}.npy", self.meta["arrays"][name]["dtype"])
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.rows)
 
     def read(self, index, mirror):
-        """{name: rows, "labels": [B]} of images `index` [B], mirrored where `mirror` is 1."""
+        """{name: rows, "labels"} of images `index` [B], mirrored where `mirror` is 1."""
         rows = {name: array.index_select(0, 2 * index + mirror) for name, array in self.arrays.items()}
         return dict(rows, labels=self.labels[index])
 
     def __getitems__(self, items):  # mirrored as by Images(flip=True)
-        mirror = [int(np.random.default_rng(key).uniform() < 0.5) for _, key in items]
-        rows = self.read(torch.tensor([index for index, _ in items]), torch.tensor(mirror))
+        index = self.rows[[item for item, _ in items]]
+        mirror = [int(self.mirrored and np.random.default_rng(key).uniform() < 0.5) for _, key in items]
+        rows = self.read(index, torch.tensor(mirror))
         if self.images is not None:
-            rows["pictures"] = torch.stack([self.images[item][0] for item in items])
+            keys = [key if self.mirrored else None for _, key in items]
+            rows["pictures"] = torch.stack([self.images[item][0] for item in zip(index.tolist(), keys)])
         return rows
 
 
-def mapped(folder, name, dtype):
+def caption_ids(folder, text, images, indices, world):
+    """Ids [n, L] of the captions of `images` at `indices`, kept in the folder."""
+    version = fingerprint(text.name, *images.identity(), torch.as_tensor(indices))[:8]
+    path = Path(folder) / f"ids-{version}.npy"
+    if world.rank == 0 and not path.exists():
+        ids = text.ids([images.caption(i) for i in indices]).numpy()
+        with replacing(path) as temp, open(temp, "wb") as file:
+            np.save(file, ids)
+    world.barrier()
+    return mapped(path)
+
+
+def mapped(path, dtype=None):
     """A tensor; read-only, as private writable maps are charged to memory."""
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # PyTorch's
-    return torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r")).view(DTYPES[dtype][0])
+    tensor = torch.from_numpy(np.load(path, mmap_mode="r"))
+    return tensor.view(DTYPES[dtype][0]) if dtype else tensor
 
 
 def cache_latents(
@@ -930,7 +1040,7 @@ def cache_latents(
         done.flush()
     world.barrier()
     if world.rank == 0:
-        mean, std = latent_statistics(mapped(folder, "latents", dtype))
+        mean, std = latent_statistics(mapped(folder / "latents.npy", dtype))
         write_json(folder / "meta.json", dict(meta, complete=True, mean=mean.tolist(), std=std.tolist()))
     world.barrier()
     return Latents(folder, names)

@@ -4,6 +4,7 @@ Images from a diffusion checkpoint (solvers: diffusion.py), reconstructions of a
     python sample.py  # toy: out/diffusion.pt -> out/samples/, .png, .npz
     torchrun --nproc_per_node=8 sample.py --preset=imagenet  # 50,000 for FID
     python sample.py --ckpt=lightningdit-xl.pt --tokenizer=vfmvae.pth --latent_stats=latents_stats.pt
+    python sample.py --prompt="a large red star at the upper left on a blue background, stripes"  # of diffusion.py --text
     python sample.py --reconstruct=FOLDER  # through the tokenizer
     python sample.py --bench=20  # time guided evaluations
 """
@@ -18,22 +19,25 @@ import torch
 from PIL import Image
 from tqdm import tqdm, trange
 
-from diffusion import Sampling, generate, guided, load_diffusion, ode, sde
+from diffusion import Sampling, caption_states, generate, guided, load_diffusion, ode, sde
 from tokenizer import (
-    Images, Positive, UserError, fingerprint, init_world, load_tokenizer, load_weights, main, make_loader, parse_config,
-    read_json, replacing, save_grid, time_steps, to_float, to_uint8, write_json)
+    Images, Positive, Shapes, ShapesText, UserError, fingerprint, init_world, load_text, load_tokenizer, load_weights,
+    main, make_loader, parse_config, read_json, replacing, save_grid, time_steps, to_float, to_uint8, write_json)
 
 
 @dataclass
 class Config:
     preset: str = ""  # imagenet (given CUDA and data/imagenet/train), reg or toy
     out: str = "out"  # images go to OUT/samples
-    ckpt: str = ""  # diffusion model; empty: OUT/diffusion.pt
+    ckpt: str = ""  # diffusion model; empty: OUT/diffusion.pt, of prompts OUT/diffusion-text.pt
     tokenizer: str = ""  # empty: what ckpt names
     latent_stats: str = ""  # official ckpt: file of its latents' "mean", "std"
     num_heads: int = 0  # official ckpt; 0: the published model's
-    n: Positive = 50_000  # images
+    n: int = 0  # images; 0: 50,000; toy 1,000; of --prompt 4 each
     classes: tuple[int, ...] = ()  # in turn; empty: all
+    prompt: str = ""  # captions in turn, separated by |
+    prompts: str = ""  # or a file with one a line; neither: the toy's text model takes held-out captions
+    negative: str = ""  # caption to be guided away from; empty: the null one
     seed: int = 0  # image i's noise: by (seed, i)
     batch_size: Positive = 128  # of each process
     # VFM-VAE's and LightningDiT's for 64 epochs; 560: --cfg_scale=4
@@ -55,7 +59,7 @@ class Config:
 PLAIN = dict(cfg_interval=(0.0, 1.0), cfg_channels=0, timestep_shift=0.0)
 PRESETS = dict(
     imagenet={},
-    toy=dict(n=1_000, batch_size=64, solver="ab2", num_steps=20, cfg_scale=3.0, **PLAIN),
+    toy=dict(batch_size=64, solver="ab2", num_steps=20, cfg_scale=3.0, **PLAIN),
     reg=dict(solver="sde", cfg_scale=1.0, **PLAIN))
 
 
@@ -69,7 +73,7 @@ def tokenizer_beside(path, entries):
 
 def load_pipeline(cfg, world):
     """-> (model, guide or None, tokenizer, mean, std [C]), ready to sample."""
-    path = cfg.ckpt or f"{cfg.out}/diffusion.pt"
+    path = cfg.ckpt or f"{cfg.out}/diffusion{'-text' if cfg.prompt or cfg.prompts else ''}.pt"
     if not os.path.exists(path):
         raise UserError(f"no diffusion model at {path}: run diffusion.py first, or give --ckpt")
     model = load_diffusion(path, **(dict(num_heads=cfg.num_heads) if cfg.num_heads else {}))
@@ -82,7 +86,7 @@ def load_pipeline(cfg, world):
     if "latent_std" not in stats or "latent_mean" not in stats:
         raise UserError(f"{cfg.latent_stats or path} lacks the latents' mean and std: --latent_stats=FILE")
     mean, std = (stats[key].float().flatten() for key in ("latent_mean", "latent_std"))
-    for key in ("in_channels", "input_size", "num_classes", "cls_dim"):
+    for key in ("in_channels", "input_size", "num_classes", "cls_dim", "text_tokens"):
         if guide and getattr(guide, key) != getattr(model, key):
             raise UserError(f"--guide={cfg.guide} has another {key} than {path}")
     if guide and not torch.equal(guide.about.get("latent_mean", mean), mean):
@@ -100,7 +104,7 @@ def load_pipeline(cfg, world):
 
 def write_png(path, pixels):
     """pixels: uint8 [3, H, W]."""
-    with replacing(path) as temporary:
+    with replacing(path, sync=False) as temporary:  # half an hour for 50,000
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(temporary, "PNG", compress_level=1)
 
 
@@ -114,22 +118,47 @@ def write_npz(path, paths):
                 file.write(np.asarray(Image.open(each)).tobytes())
 
 
+def read_conditions(cfg, model, world):
+    """-> classes or captions, taken in turn; a function: some of them -> the DiT's y."""
+    if not model.text_tokens:
+        classes = cfg.classes or tuple(range(model.num_classes))
+        if cfg.prompt or cfg.prompts or cfg.negative:
+            raise UserError("this model knows classes: prompts are for those of diffusion.py --text")
+        if not 0 <= min(classes) <= max(classes) <= model.num_classes:
+            raise UserError(f"--classes: there are 0 to {model.num_classes - 1}, {model.num_classes}: none")
+        return classes, torch.tensor
+    name = model.about["config"]["text"]
+    text = ShapesText() if name == "toy" else load_text(name).to(world.device)
+    prompts = cfg.prompt.split("|")
+    if cfg.prompts:
+        if not os.path.isfile(cfg.prompts):
+            raise UserError(f"no file {cfg.prompts}")
+        prompts = Path(cfg.prompts).read_text().splitlines()
+    elif not cfg.prompt:
+        if name != "toy":
+            raise UserError("a text model needs --prompt or --prompts")
+        shapes = Shapes("val")
+        prompts = [shapes.caption(i) for i in range(cfg.n or 1000)]
+    text.ids([*prompts, cfg.negative])  # complains of unknown words before all work
+    return prompts, lambda some: caption_states(text, text.ids(some).to(world.device))
+
+
 def write_samples(cfg, world):
-    """OUT/samples/000000.png, ..., labels.json (class by file name), settings.json; OUT/samples.png, a grid;
-    OUT/samples.npz. What is there, of the same settings, stays."""
+    """OUT/samples/000000.png, ..., labels.json (class by file name) or prompts.json, settings.json; OUT/samples.png, a
+    grid; OUT/samples.npz. What is there, of the same settings, stays."""
     model, guide, tokenizer, mean, std = load_pipeline(cfg, world)
-    classes = cfg.classes or tuple(range(model.num_classes))
-    if not 0 <= min(classes) <= max(classes) <= model.num_classes:
-        raise UserError(f"--classes: there are 0 to {model.num_classes - 1}, {model.num_classes}: none")
-    y = torch.tensor(classes)[torch.arange(cfg.n) % len(classes)]
+    conditions, condition = read_conditions(cfg, model, world)
+    n = cfg.n or (4 * len(conditions) if cfg.prompt else 1_000 if cfg.preset == "toy" else 50_000)
+    asked = [conditions[i % len(conditions)] for i in range(n)]
+    negative = condition([cfg.negative])[0] if cfg.negative else None
     out = Path(cfg.out)
     folder = out / "samples"
-    paths = [folder / f"{i:06d}.png" for i in range(cfg.n)]
+    paths = [folder / f"{i:06d}.png" for i in range(n)]
     if world.rank == 0:
         settings = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
         settings.update(
-            cfg_interval=list(cfg.cfg_interval), num_heads=cfg.num_heads, classes=list(classes),
-            weights=fingerprint(model, guide, tokenizer, mean, std))
+            cfg_interval=list(cfg.cfg_interval), num_heads=cfg.num_heads, conditions=list(conditions),
+            negative=cfg.negative, weights=fingerprint(model, guide, tokenizer, mean, std))
         there = set(folder.glob("*.png"))
         before = read_json(folder / "settings.json")
         if there and not before:
@@ -138,10 +167,11 @@ def write_samples(cfg, world):
             there -= set(paths)
         elif there:
             print(f"{folder} holds images of other settings: starting over")
-        for path in there:
+        for path in (*there, *folder.glob("*s.json")):
             path.unlink()
         write_json(folder / "settings.json", settings)
-        write_json(folder / "labels.json", {path.name: int(c) for path, c in zip(paths, y)})
+        names = {path.name: each for path, each in zip(paths, asked)}
+        write_json(folder / ("prompts.json" if model.text_tokens else "labels.json"), names)
     world.barrier()
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     world.barrier()  # all have looked
@@ -149,19 +179,21 @@ def write_samples(cfg, world):
     rows = cfg.batch_size if cfg.compile else 16
     for k in trange(0, len(mine), cfg.batch_size, desc="samples", disable=world.rank > 0):
         part = mine[k:k + cfg.batch_size]
-        images = generate(model, tokenizer, mean, std, part, y[part], cfg, world, guide, rows)
+        y = condition([asked[i] for i in part])
+        images = generate(model, tokenizer, mean, std, part, y, cfg, world, guide, rows, negative)
         for i, pixels in zip(part, to_uint8(images).cpu()):
             write_png(paths[i], pixels)
     world.barrier()
     if world.rank == 0:
         names = [*model.about.get("classes", map(str, range(model.num_classes))), "none"]
-        columns = len(classes) if 4 <= len(classes) <= 16 else 8
-        shown = min(cfg.n, 64) // columns * columns or cfg.n  # whole rows
+        names = asked if model.text_tokens else [names[c] for c in asked]
+        columns = len(conditions) if 4 <= len(conditions) <= 16 else 8
+        shown = min(n, 64) // columns * columns or n  # whole rows
         images = torch.from_numpy(np.stack([Image.open(path) for path in paths[:shown]])).permute(0, 3, 1, 2)
-        save_grid(to_float(images), out / "samples.png", columns, [names[c] for c in y[:shown]])
+        save_grid(to_float(images), out / "samples.png", columns, names[:shown])
         if cfg.npz:
             write_npz(out / "samples.npz", paths)
-        print(f"{cfg.n:,} images in {folder} ({len(todo):,} new); some: {out / 'samples.png'}")
+        print(f"{n:,} images in {folder} ({len(todo):,} new); some: {out / 'samples.png'}")
 
 
 def reconstruct(cfg, world):
@@ -198,7 +230,7 @@ def bench(cfg, world):
     state = [torch.randn(n, model.in_channels, model.input_size, model.input_size, device=world.device)]
     if model.cls_dim:
         state.append(torch.randn(n, model.cls_dim, device=world.device))
-    y = torch.arange(n, device=world.device) % model.num_classes
+    y = model.null(n)
 
     def step():
         with world.autocast():

@@ -41,6 +41,7 @@ import re
 import signal
 import statistics
 import sys
+import textwrap
 import time
 import typing
 import zipfile
@@ -2143,6 +2144,17 @@ class Images(Dataset):
     def __len__(self):
         return len(self.source)
 
+    def caption(self, index):
+        if not hasattr(self.source, "caption"):
+            raise UserError("these data have no captions")
+        return self.source.caption(index)
+
+    def in_text_training(self):
+        """[n] bools."""
+        if isinstance(self.source, Shapes):
+            return self.source.in_text_training(np.arange(len(self)))
+        return np.ones(len(self), bool)
+
     def identity(self):
         """What tells it from another, without a look at the files."""
         names = self.source.tolist() if isinstance(self.source, np.ndarray) else []
@@ -2283,6 +2295,11 @@ class Shapes(Dataset):
         return (f"a {size} {self.hues[a['hue']]} {self.classes[a['shape']]} at the {place} "
                 f"on a {self.hues[a['ground']]} background, {self.textures[a['texture']]}")
 
+    def in_text_training(self, indices):
+        """[n] bools: one in ten pairs of shape and hue is left out, to see if it composes."""
+        a = self.attributes(indices)
+        return (a["shape"] + a["hue"]) % 10 != 0
+
     def draw(self, indices):
         """uint8 [n, 3, size, size]."""
         a = self.attributes(indices)
@@ -2369,6 +2386,29 @@ class Shapes(Dataset):
         if name == "T":
             return np.minimum(box(-0.8, 0.8, -0.85, -0.4), box(-0.23, 0.23, -0.85, 0.85))
         return np.minimum(box(-0.62, -0.16, -0.85, 0.85), box(-0.62, 0.62, 0.4, 0.85))  # L
+
+
+def load_text(name):
+    raise UserError(f"no text encoder {name}")
+
+
+class ShapesText:
+    """Words of Shapes.caption as ids, for a DiT that learns their embeddings."""
+    name = "toy"
+    length = 16
+    words = sorted({
+        *"a large small at the upper lower left right on background".split(), *Shapes.hues, *Shapes.textures,
+        *map(str.lower, Shapes.classes)})
+
+    def ids(self, texts):
+        """Strings -> int32 [n, 16], padded with 0."""
+        ids = torch.zeros(len(texts), self.length, dtype=torch.int32)
+        for row, text in zip(ids, texts):
+            for k, word in enumerate(text.lower().replace(",", " ").split()):
+                if word not in self.words or k == self.length:
+                    raise UserError(f"the toy reads {self.length} of these words: {' '.join(self.words)}; not '{text}'")
+                row[k] = self.words.index(word) + 1
+        return ids
 
 
 # What networks learn to name, its number of values. The VFM "toy-blind" is the control, never told the class on which
@@ -2905,8 +2945,9 @@ def save_grid(images, path, columns, labels=None):
     """Images [N, 3, H, W] in [-1, 1] -> a PNG, `columns` to the row, `labels` (strings) under them."""
     images = F.interpolate(images.float(), scale_factor=max(1, 96 // max(images.shape[-2:])))
     n, _, h, w = images.shape
+    labels = [textwrap.wrap(label, w // 6) for label in labels or []]  # Pillow's font: 6 px a letter
     width = w + 2  # of a cell
-    height = h + (14 if labels else 2)
+    height = h + 2 + 12 * max(map(len, labels), default=0)
     canvas = Image.new("RGB", (columns * width, math.ceil(n / columns) * height), "white")
     draw = ImageDraw.Draw(canvas)
     for i, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
@@ -2914,7 +2955,7 @@ def save_grid(images, path, columns, labels=None):
         y = i // columns * height
         canvas.paste(Image.fromarray(image), (x, y))
         if labels:
-            draw.text((x + 1, y + h), labels[i], fill="black")
+            draw.text((x + 1, y + h), "\n".join(labels[i]), fill="black", spacing=1)
     with replacing(path) as temp:
         canvas.save(temp, "PNG")
 
