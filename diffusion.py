@@ -979,7 +979,7 @@ class Latents(Dataset):
 
 def caption_ids(folder, text, images, indices, world):
     """Ids [n, L] of the captions of `images` at `indices`, kept in the folder."""
-    version = fingerprint(text.name, *images.identity(), torch.as_tensor(indices))[:8]
+    version = fingerprint(text.name, text.length, *images.identity(), torch.as_tensor(indices))[:8]
     path = Path(folder) / f"ids-{version}.npy"
     if world.rank == 0 and not path.exists():
         ids = text.ids([images.caption(i) for i in indices]).numpy()
