@@ -700,6 +700,110 @@ def test_vfm_table():
             assert abs(found / count - 1) < 0.002, (name, found)
 
 
+def text_folder(folder, name, tower=True, tokens=True):
+    """A text encoder's files as published, from the golden ones -> load_text's overrides."""
+    g = golden("text")
+    if tower:
+        keys = g["towers"][name]["keys"]
+        state = {key: tensor(key, shape, g["salt"]) for key, shape in keys.items()}
+        if name == "siglip2":  # both towers share a file
+            state = {f"text_model.{key}": value for key, value in state.items()}
+            state.update({"logit_scale": torch.zeros(1), "vision_model.head.probe": torch.zeros(1, 1, 8)})
+        write_safetensors(f"{folder}/model.safetensors", state)
+    if tokens and name == "clip":
+        file = g["tokenizers"]["clip_bpe"]
+        Path(f"{folder}/vocab.json").write_text(json.dumps(file["vocab"]))
+        Path(f"{folder}/merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, file["merges"])]) + "\n")
+    elif tokens:
+        file = g["tokenizers"]["gemma_bpe" if name == "siglip2" else "t5_unigram"]["file"]
+        Path(f"{folder}/tokenizer.json").write_text(json.dumps(file))
+    return {} if name == "t5" else dict(num_heads=4)
+
+
+def test_text_towers_golden():
+    """SigLIP2's, CLIP's and T5's states and pooled vectors are transformers'."""
+    for name in ("siglip2", "clip", "t5"):
+        g = golden("text")["towers"][name]
+        ids = torch.tensor(g["ids"], dtype=torch.int32)
+        with tempfile.TemporaryDirectory() as folder:
+            heads = text_folder(folder, name)
+            encoder = tokenizer.load_text(folder, **heads)
+            tokens, pooled = encoder.encode(ids)
+            assert not encoder.training and not tokens.requires_grad and encoder.dim == tokens.shape[2] == 64
+            check(tokens, g["tokens_padding_masked" if name == "t5" else "tokens"], 1e-5, 1e-5)
+            if name == "t5":
+                assert pooled is None and encoder.pooled_dim == 0
+                whole = tokenizer.load_text(f"{folder}/model.safetensors", masked=False, length=40)
+                check(whole.encode(ids)[0], g["tokens_unmasked"], 1e-5, 1e-5)
+                assert whole.length == 40 and encoder.length == 120
+            else:
+                check(pooled, g["pooled"], 1e-5, 1e-5)
+                assert encoder.length == 16 and encoder.pooled_dim == pooled.shape[1] == (40 if name == "clip" else 64)
+
+
+def test_text_tokens_golden():
+    """The ids of all golden prompts are those of the tokenizers package; cut with their end, padded."""
+    for name, key, first, end, pad in (
+            ("siglip2", "gemma_bpe", [], 1, 0), ("clip", "clip_bpe", [0], 1, 1), ("t5", "t5_unigram", [], 1, 0)):
+        cases = golden("text")["tokenizers"][key]["cases"]
+        with tempfile.TemporaryDirectory() as folder:
+            encoder = tokenizer.load_text(folder, **text_folder(folder, name))
+            for length in (5, 64):
+                encoder.length = length
+                ids = encoder.ids([text for text, _ in cases])
+                assert ids.dtype == torch.int32 and encoder.ids([]).shape == (0, length)
+                for (text, expected), row in zip(cases, ids.tolist()):
+                    row_expected = first + expected[:length - len(first) - 1] + [end]
+                    assert row == row_expected + [pad] * (length - len(row_expected)), (name, text, row)
+
+
+def test_text_merges():
+    """Pairs merge by rank, leftmost first, also where a later merge makes a pair of lower rank; long texts are quick."""
+    ranks = tokenizer.merge_ranks(["ab c", ["a", "b"], "b a", "c abc"])
+    assert tokenizer.merge_pairs("abab", ranks) == ["ab", "ab"]
+    assert tokenizer.merge_pairs("abcbabc", ranks) == ["abc", "b", "abc"]
+    assert tokenizer.merge_pairs("cabc", ranks) == ["cabc"]
+    assert tokenizer.merge_pairs("aaaaa", {("a", "a"): 0, ("aa", "a"): 1}) == ["aa", "aaa"]
+    start = time.perf_counter()
+    assert len(tokenizer.merge_pairs("ab" * 50_000, ranks)) == 50_000
+    assert time.perf_counter() - start < 5
+
+
+def test_t5_normalisation():
+    """With SentencePiece's own map tabs and zero-width marks are spaces, other controls go, the wide tilde stays."""
+    with tempfile.TemporaryDirectory() as folder:
+        text_folder(folder, "t5")
+        path = Path(folder, "tokenizer.json")
+        file = json.loads(path.read_text())
+        file["normalizer"]["normalizers"][0] = dict(type="Precompiled", precompiled_charsmap="")
+        file["model"]["vocab"] += [["~", -1.0], ["\uff5e", -1.0]]
+        path.write_text(json.dumps(file))
+        encoder = tokenizer.load_text(folder)
+        ids = encoder.ids(["\ta\u200bstar\x01\n", "a star", "~", "\uff5e"]).tolist()
+        assert ids[0] == ids[1] and ids[2] != ids[3] and not {2} & {i for row in ids for i in row}, ids
+
+
+def test_text_errors():
+    """What is wrong with a text encoder's files is said in one line."""
+    fails(lambda: tokenizer.load_text("nowhere"), "nowhere", "clip-vit-large-patch14")
+    with tempfile.TemporaryDirectory() as folder:
+        fails(lambda: tokenizer.load_text(folder), folder, ".safetensors")
+        heads = text_folder(folder, "siglip2", tokens=False)
+        encoder = tokenizer.load_text(folder, **heads)
+        fails(lambda: encoder(["a"]), "tokenizer.json")
+        for damaged in ("{", "[]", '{"model": {"vocab": {}}}', '{"model": 3}'):
+            Path(f"{folder}/tokenizer.json").write_text(damaged)
+            fails(lambda: encoder(["a"]), folder, "tokenizer")
+        Path(f"{folder}/tokenizer.json").write_bytes(b"\xff")
+        fails(lambda: encoder(["a"]), "tokenizer.json")
+        write_safetensors(f"{folder}/model.safetensors", {"stray": torch.zeros(2)})
+        fails(lambda: tokenizer.load_text(folder), "no known text encoder")
+        state = {key: torch.zeros(shape) for key, shape in golden("text")["towers"]["t5"]["keys"].items()}
+        del state["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
+        write_safetensors(f"{folder}/model.safetensors", state)
+        fails(lambda: tokenizer.load_text(folder), "blocks.1.wo.weight")
+
+
 # -----------------------------------------------------------------------------
 # tokenizer.py: the tokenizers
 

@@ -33,6 +33,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import heapq
 import inspect
 import json
 import math
@@ -44,6 +45,7 @@ import sys
 import textwrap
 import time
 import typing
+import unicodedata
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -228,21 +230,22 @@ STAGES = dict(paper=PAPER, toy=TOY, study=STUDY)
 # The vision foundation model
 
 class ViTAttention(nn.Module):
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, causal=False):
         super().__init__()
         self.num_heads = num_heads
+        self.causal = causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):  # [B, N, D]
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, d]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, heads, N, d]
         return self.proj(x.transpose(1, 2).flatten(2))  # [B, N, D]
 
 
 class MLP(nn.Module):
-    """activation: gelu, gelu_tanh, swiglu (DINOv2-g): SiLU of one half times the other."""
+    """activation: gelu, gelu_tanh, gelu_quick (CLIP), swiglu (DINOv2-g): SiLU of one half times the other."""
 
     def __init__(self, dim, hidden, activation="gelu"):
         super().__init__()
@@ -255,6 +258,8 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             gate, x = x.chunk(2, -1)
             return self.fc2(F.silu(gate) * x)
+        if self.activation == "gelu_quick":
+            return self.fc2(x * torch.sigmoid(1.702 * x))
         return self.fc2(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
@@ -268,12 +273,12 @@ class LayerScale(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    def __init__(self, dim, num_heads, hidden, activation, layer_scale):
+    def __init__(self, dim, num_heads, hidden, activation, layer_scale=False, eps=1e-6, causal=False):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, 1e-6)
-        self.attn = ViTAttention(dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.attn = ViTAttention(dim, num_heads, causal)
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, 1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = MLP(dim, hidden, activation)
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
@@ -365,6 +370,9 @@ class ViT(nn.Module):
         return [level0 if i == 0 and level0 is not None else states[i][:, extra:] for i in layers]
 
 
+HUB = "https://huggingface.co/{}/resolve/main/model.safetensors"
+
+
 def vfm_table():
     """name -> (address of the weights, ViT arguments)."""
 
@@ -377,12 +385,11 @@ def vfm_table():
     giant = dict(size(1536, 40, 24, 4096), activation="swiglu")
     so400m = size(1152, 27, 16, 4304)
     meta = "https://dl.fbaipublicfiles.com"
-    hub = "https://huggingface.co/{}/resolve/main/model.safetensors"
     dino = f"{meta}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
     table = dict(
         dino_vits16=(dino, dict(small, interpolation="bicubic")),
-        mae_vitb16=(hub.format("facebook/vit-mae-base"), base),
-        mae_vitl16=(hub.format("facebook/vit-mae-large"), large))
+        mae_vitb16=(HUB.format("facebook/vit-mae-base"), base),
+        mae_vitl16=(HUB.format("facebook/vit-mae-large"), large))
     for letter, vit in dict(s=small, b=base, l=large, g=giant).items():
         name = f"dinov2_vit{letter}14"
         url = f"{meta}/dinov2/{name}/{name}"
@@ -395,7 +402,7 @@ def vfm_table():
         vit = dict(vit, patch_size=patch, class_token=False, normalize="half", activation="gelu_tanh")
         for side in sides:
             name = f"siglip2-{word}-patch{patch}-{side}"
-            table[name] = hub.format(f"google/{name}"), dict(vit, image_size=side // patch * patch)
+            table[name] = HUB.format(f"google/{name}"), dict(vit, image_size=side // patch * patch)
     return table
 
 
@@ -2055,6 +2062,298 @@ def load_state(module, state, name, ignore=(), **keywords):
     except RuntimeError as error:  # missing, unexpected, misshaped keys
         raise UserError(f"{name}: the weights do not fit: {' '.join(str(error).split())[:1000]}")
     return module
+
+
+# --------------------------------------
+# Text: towers and their tokens
+
+TEXTS = {name: url for name, (url, _) in VFMS.items() if name.startswith("siglip2")}
+for repo in ("openai/clip-vit-large-patch14", "google/flan-t5-small", "google/flan-t5-base", "google/flan-t5-large"):
+    TEXTS[repo.split("/")[1]] = HUB.format(repo)
+
+TEXT_KEYS = {  # of SigLIP2's and CLIP's text towers, before VIT_KEYS
+    r"^text_model\.": "",
+    r"^embeddings\.token_embedding\.": "embed.",
+    r"^final_layer_norm\.": "norm.",
+    r"^(head|text_projection)\.": "project."}
+TEXT_UNUSED = r"vision_model|visual_projection|logit_"
+T5_KEYS = {
+    r"^shared\.": "embed.",
+    r"^encoder\.final_layer_norm\.": "norm.",
+    r"^encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.": "bias.",
+    r"^encoder\.block\.": "blocks.",
+    r"\.layer\.(0\.SelfAttention|1\.DenseReluDense)\.": ".",
+    r"\.layer\.0\.layer_norm\.": ".norm1.",
+    r"\.layer\.1\.layer_norm\.": ".norm2."}
+T5_UNUSED = r"decoder|lm_head|encoder\.embed_tokens"
+SPACE = r"[^\S\x1c-\x1f]"  # Unicode's White_Space
+
+
+def merge_pairs(symbols, ranks):
+    """Byte pair encoding: joins the neighbours of lowest rank, leftmost first, until none has one; n log n."""
+    symbols = list(symbols)
+    n = len(symbols)
+    after = list(range(1, n + 1))
+    before = list(range(-1, n - 1))
+    heap = []
+
+    def push(i):
+        if i >= 0 and after[i] < n and (symbols[i], symbols[after[i]]) in ranks:
+            heapq.heappush(heap, (ranks[symbols[i], symbols[after[i]]], i))
+
+    for i in range(n):
+        push(i)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = after[i]
+        if j == n or ranks.get((symbols[i], symbols[j])) != rank:  # one of the two was joined meanwhile
+            continue
+        symbols[i] += symbols[j]
+        symbols[j] = None
+        after[i] = after[j]
+        if after[i] < n:
+            before[after[i]] = i
+        push(before[i])
+        push(i)
+    return [symbol for symbol in symbols if symbol is not None]
+
+
+def merge_ranks(merges):
+    """Merges ("a b" or ["a", "b"]) in order -> pair: rank."""
+    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
+    return {pair: rank for rank, pair in enumerate(pairs)}
+
+
+def gemma_tokens(read):
+    """SigLIP2's: lower case; a space is ▁; the bytes of characters that the vocabulary lacks."""
+    model = json.loads(read("tokenizer.json"))["model"]
+    vocab = model["vocab"]
+    ranks = merge_ranks(model["merges"])
+
+    def tokens(text):
+        symbols = []
+        for char in text.lower().replace(" ", "▁"):
+            symbols += [char] if char in vocab else [f"<0x{byte:02X}>" for byte in char.encode()]
+        return [vocab.get(symbol, 3) for symbol in merge_pairs(symbols, ranks)]
+
+    return [], 1, 0, tokens
+
+
+def clip_tokens(read):
+    """CLIP's: byte pair encoding of each piece's bytes; unknown symbols and pads are the end's."""
+    vocab = json.loads(read("vocab.json"))
+    ranks = merge_ranks(line for line in read("merges.txt").split("\n")[1:] if line)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "N")
+    pieces = re.compile(rf"'(?:s|t|re|ve|m|ll|d)|[^\W_{numbers}]+|[{numbers}]|(?:[^ \w{numbers}]|_)+")
+    end = vocab["<|endoftext|>"]
+
+    @functools.lru_cache(1 << 16)
+    def piece_tokens(piece):
+        symbols = [table[byte] for byte in piece.encode()]
+        symbols[-1] += "</w>"
+        return [vocab.get(symbol, end) for symbol in merge_pairs(symbols, ranks)]
+
+    def tokens(text):
+        text = re.sub(f"{SPACE}+", " ", unicodedata.normalize("NFC", text)).lower()
+        return [token for piece in pieces.findall(text) for token in piece_tokens(piece)]
+
+    return [vocab["<|startoftext|>"]], end, end, tokens
+
+
+def t5_tokens(read):
+    """T5's: each word's most probable pieces; a run of unknown characters is one 2."""
+    file = json.loads(read("tokenizer.json"))
+    scores = {piece: (score, i) for i, (piece, score) in enumerate(file["model"]["vocab"])}
+    unknown = min(score for score, _ in scores.values()) - 10
+    longest = max(map(len, scores))
+    controls = {}
+    if "Precompiled" in json.dumps(file["normalizer"]):  # SentencePiece's nmt_nfkc: controls go or become spaces
+        controls = dict.fromkeys([*range(1, 9), 11, *range(14, 32), 127, 143, 159])
+        controls |= dict.fromkeys([9, 10, 12, 13, 0x1680, *range(0x200b, 0x2010), 0x2028, 0x2029, 0x2581, 0xfeff,
+                                   0xfffd], " ")
+
+    @functools.lru_cache(1 << 16)
+    def word_tokens(word):
+        best = [(0.0, 0, None)] + [(-math.inf, 0, None)] * len(word)  # by end: sum of scores, last piece's start, id
+        for start in range(len(word)):
+            for end in range(start + 1, min(start + longest, len(word)) + 1):
+                score, token = scores.get(word[start:end], (unknown if end == start + 1 else -math.inf, 2))
+                if best[start][0] + score > best[end][0]:
+                    best[end] = best[start][0] + score, start, token
+        tokens = []
+        end = len(word)
+        while end:
+            _, end, token = best[end]
+            if token != 2 or tokens[-1:] != [2]:
+                tokens.append(token)
+        return tokens[::-1]
+
+    def tokens(text):
+        kept = "(\uff5e)" if controls else "$^"  # the one character that nmt_nfkc leaves
+        text = "".join(
+            part if controls and part == "\uff5e" else unicodedata.normalize("NFKC", part)
+            for part in re.split(kept, text.translate(controls)))
+        text = re.sub(f"^{SPACE}+|{SPACE}+$", "", re.sub("  +", " ", text)).replace(" ", "▁")
+        if text and text[0] != "▁":
+            text = "▁" + text
+        return [token for word in re.findall("▁[^▁]*", text) for token in word_tokens(word)]
+
+    return [], 1, 0, tokens
+
+
+class TextEncoder(nn.Module):
+    """encoder(texts) -> (tokens [B, L, D], pooled [B, pooled_dim] or None): ids(texts) -> int32 [B, L], cut and padded;
+    encode(ids). dim: D, length: L, pooled_dim: 0 if none. The tokenizer's files are read when first needed."""
+
+    def read(self, name):
+        """The text of a file beside the weights."""
+        path = f"{self.root}/{name}"
+        try:
+            return Path(fetch(path) if "://" in path else path).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}, which belongs beside the text encoder's weights: {error}")
+
+    @functools.cached_property
+    def tokens(self):  # first ids, the last, the pad, text -> ids
+        try:
+            return self.make_tokens(self.read)
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{self.root} has a damaged or another tokenizer: {type(error).__name__} {error}")
+
+    def ids(self, texts):
+        first, end, pad, tokens = self.tokens
+        rows = torch.full((len(texts), self.length), pad, dtype=torch.int32)
+        for row, text in zip(rows, texts):
+            found = [*first, *tokens(text)[:self.length - len(first) - 1], end]
+            row[:len(found)] = torch.tensor(found)
+        return rows
+
+    def forward(self, texts):
+        return self.encode(self.ids(texts).to(self.embed.weight.device))
+
+
+class TextTower(TextEncoder):
+    """SigLIP2's (bidirectional, pooled at the last place) or CLIP's (causal, pooled at the first end)."""
+
+    def __init__(self, root, vocab, length, dim, pooled_dim, depth, num_heads, hidden, clip):
+        super().__init__()
+        self.root = root
+        self.length = length
+        self.dim = dim
+        self.pooled_dim = pooled_dim
+        self.clip = clip
+        self.make_tokens = clip_tokens if clip else gemma_tokens
+        eps = 1e-5 if clip else 1e-6
+        self.embed = nn.Embedding(vocab, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, length, dim))
+        block = dim, num_heads, hidden, "gelu_quick" if clip else "gelu_tanh", False, eps, clip
+        self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps)
+        self.project = nn.Linear(dim, pooled_dim, bias=not clip)
+
+    def encode(self, ids):  # [B, L]
+        x = self.embed(ids) + self.pos_embed  # [B, L, D]
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        end = -1
+        if self.clip:
+            end = (ids == self.embed.num_embeddings - 1).int().argmax(1)
+        return x, self.project(x[torch.arange(len(x), device=x.device), end])  # [B, pooled_dim]
+
+
+class T5Block(nn.Module):
+    def __init__(self, dim, num_heads, inner, hidden):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.RMSNorm(dim, 1e-6)
+        self.q, self.k, self.v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, dim, bias=False)
+        self.norm2 = nn.RMSNorm(dim, 1e-6)
+        self.wi_0, self.wi_1 = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+        self.wo = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x, bias):  # [B, L, D], [1 or B, heads, L, L]
+        y = self.norm1(x)
+        q, k, v = (part(y).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)  # [B, heads, L, d]
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        return x + self.wo(F.gelu(self.wi_0(y), approximate="tanh") * self.wi_1(y))
+
+
+class T5(TextEncoder):
+    """The encoder of T5 v1.1 or Flan-T5. `masked`: pads are no keys, and zero (FLUX attends to them)."""
+    pooled_dim = 0
+
+    def __init__(self, root, vocab, dim, depth, num_heads, inner, hidden, length=120, masked=True):
+        super().__init__()
+        self.root = root
+        self.length = length
+        self.dim = dim
+        self.masked = masked
+        self.make_tokens = t5_tokens
+        self.embed = nn.Embedding(vocab, dim)
+        self.bias = nn.Embedding(32, num_heads)
+        self.blocks = nn.ModuleList(T5Block(dim, num_heads, inner, hidden) for _ in range(depth))
+        self.norm = nn.RMSNorm(dim, 1e-6)
+
+    def encode(self, ids):  # [B, L]
+        place = torch.arange(ids.shape[1], device=ids.device)
+        offset = place - place[:, None]  # key - query
+        far = 8 + ((offset.abs().clamp(1).float() / 8).log() / math.log(16) * 8).long()
+        bucket = torch.where(offset.abs() < 8, offset.abs(), far.clamp(max=15)) + 16 * (offset > 0)
+        bias = self.bias(bucket).permute(2, 0, 1)[None]  # [1, heads, L, L]
+        x = self.embed(ids)  # [B, L, D]
+        if self.masked:
+            bias = bias.masked_fill((ids == 0)[:, None, None], torch.finfo(bias.dtype).min)
+        for block in self.blocks:
+            x = block(x, bias)
+        x = self.norm(x)
+        return (x * (ids != 0)[..., None] if self.masked else x), None
+
+
+def load_text(name_or_path, **overrides):
+    """A frozen TextEncoder: a name in TEXTS (fetched once), a file of weights or a folder of .safetensors, with
+    tokenizer.json (SigLIP2, T5) or vocab.json and merges.txt (CLIP) beside them. `overrides`: num_heads of SigLIP2 and
+    CLIP; T5's length (120), masked."""
+    name = str(name_or_path)
+    path = TEXTS.get(name, name)
+    if "://" not in path and not os.path.exists(path):
+        raise UserError(f"no text encoder {name}: neither file, folder nor one of {', '.join(TEXTS)}")
+    files = [path]
+    root = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        root = path
+        files = sorted(Path(path).glob("model.safetensors")) or sorted(Path(path).glob("*.safetensors"))
+        if not files:
+            raise UserError(f"no .safetensors in {path}")
+    state = {}
+    for file in files:
+        state.update(load_weights(file))
+    try:
+        if "encoder.final_layer_norm.weight" in state:
+            state = rename(state, T5_KEYS, T5_UNUSED)
+            inner, dim = state["blocks.0.q.weight"].shape
+            config = dict(
+                dim=dim, depth=count_parts(state, "blocks."), num_heads=state["bias.weight"].shape[1], inner=inner,
+                hidden=len(state["blocks.0.wi_0.weight"]))
+            Encoder = T5
+        else:
+            state = to_vit_keys(rename(state, TEXT_KEYS, TEXT_UNUSED))
+            _, length, dim = state["pos_embed"].shape
+            config = dict(
+                length=length, dim=dim, pooled_dim=len(state["project.weight"]), depth=count_parts(state, "blocks."),
+                num_heads=16 if dim == 1152 else max(1, dim // 64), hidden=len(state["blocks.0.mlp.fc1.weight"]),
+                clip="project.bias" not in state)
+            Encoder = TextTower
+        config["vocab"] = len(state["embed.weight"])
+    except (KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{name} holds no known text encoder: it lacks or misshapes {error}")
+    return load_state(Encoder(root, **{**config, **overrides}), state, name).requires_grad_(False).eval()
 
 
 # --------------------------------------
