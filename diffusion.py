@@ -46,9 +46,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizer import (
-    MLP, Log, Positive, ShapesText, UserError, Watch, fingerprint, init_world, leave_signals, lerp_unless,
+    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, fingerprint, init_world, leave_signals, lerp_unless,
     load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
-    parse_config, read_json, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless, time_steps, to_float, write_json)
+    parse_config, read_json, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
+    time_steps, to_float, write_json)
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Config:
     times: Literal["lognormal", "uniform"] = "lognormal"  # logit-normal(0, 1)
     uniform_from: int = 0  # uniform from this step (0: never); LightningDiT: 600000 of 700,000
     cosine_weight: float = 1.0  # of 1 - cosine(v, target)
-    class_dropout: float = 0.1  # share of labels made null
+    class_dropout: Share = 0.1  # share of labels made null
     align: Literal["none", "repa", "reg"] = "none"  # reg: REPA and a class token
     align_vfm: str = "dinov2_vitb14"  # that VFM
     encoder_depth: Positive = 8  # block, from 1, projected
@@ -95,11 +96,11 @@ class Config:
     batch_size: Positive = 1_024  # images a step, of all processes
     accumulate: Positive = 1  # micro-batches a step
     lr: float = 2e-4  # of AdamW, without weight decay
-    beta2: float = 0.95  # of its second moments
+    beta2: Decay = 0.95  # of its second moments
     warmup: int = 0  # steps of linear warm-up
-    cooldown: float = 0.0  # last share of the steps: linear fall to 0 (ours)
+    cooldown: Share = 0.0  # last share of the steps: linear fall to 0 (ours)
     clip: float = 1.0  # gradient norm
-    ema: float = 0.9999  # decay a step
+    ema: Decay = 0.9999  # decay a step
     # machine
     compile: bool = torch.cuda.is_available()  # the model
     checkpointing: bool = False  # recompute blocks backward

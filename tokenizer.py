@@ -105,7 +105,7 @@ class Config:
     kimg: float = 0.0  # thousands of images, all stages; 0: as in STAGES
     batch_size: Positive = 512  # images a step
     accumulate: Positive = 1  # micro-batches a step
-    cooldown: float = 0.0  # last share of the run: learning rates fall linearly to 0 (ours)
+    cooldown: Share = 0.0  # last share of the run: learning rates fall linearly to 0 (ours)
     ema_kimg: float = 160.0  # half-life of the weights' average; at most 5% of the images seen
     perceptual: str = "lpips"  # or the VFM to use its formula on
     lpips_weights: str = ""  # files of VGG16, LPIPS, comma-separated; empty: public
@@ -875,9 +875,11 @@ def build_tokenizer(cfg, pretrained=True):
             raise UserError("--layers must end with -1, which the VF loss reads")
     if (kind == "ldm" or not on_vfm) and 2 ** (len(cfg.ch_mult) - 1) != cfg.downsample:
         raise UserError(f"--ch_mult of {len(cfg.ch_mult)} levels does not downsample by {cfg.downsample}")
+    if min(0, *cfg.widths, *cfg.fuse_dims, *cfg.attention, *cfg.ch_mult) < 0:
+        raise UserError("--widths, --fuse_dims, --attention, --ch_mult must not be negative")
     try:
         tok = Tokenizer(**arch)
-    except ValueError as error:  # groups, heads
+    except (ValueError, TypeError, ArithmeticError, IndexError) as error:  # groups, heads
         raise UserError(f"no network has such widths: {error}")
     tok.check_size(cfg.image_size, cfg.image_size)
     if on_vfm:
@@ -2502,12 +2504,17 @@ class UserError(Exception):
 
 
 Positive = typing.NewType("Positive", int)
+Share = typing.NewType("Share", float)
+Decay = typing.NewType("Decay", float)
+
+
+MOST = 2 ** 62  # of any number: C's integers hold it
 
 
 def parse_config(Config, presets, argv=None, positional=()):
-    """Config's defaults, then the preset's, then the flags. Fields may be int (0 or more), Positive, float, bool (0/1),
-    str, Literal[...] or tuple[int or float, ...] (comma-separated); those in `positional` need no flag. One line and
-    exit status 2 for an unknown flag or a bad value."""
+    """Config's defaults, then the preset's, then the flags. Fields may be int or float (0 or more), Positive, Share
+    (in [0, 1]), Decay (in [0, 1)), bool (0/1), str, Literal[...] or tuple[int or float, ...] (comma-separated, maybe
+    negative); those in `positional` need no flag. One line and exit status 2 for an unknown flag or a bad value."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             self.exit(2, f"{self.prog}: {message}\n")
@@ -2515,18 +2522,20 @@ def parse_config(Config, presets, argv=None, positional=()):
     def boolean(text):
         return ("0", "false", "1", "true").index(text.lower()) > 1
 
-    def numbers(name, kind, least=-math.inf, many=False):  # name: for argparse's complaint
+    def numbers(name, kind, least=-MOST, most=MOST, many=False):  # name: for argparse's complaint
         def convert(text):
             values = tuple(kind(part) for part in text.split(",") if part) if many else (kind(text),)
-            if not all(value >= least and math.isfinite(value) for value in values):
+            if not all(least <= value <= most for value in values):
                 raise ValueError
             return values if many else values[0]
         convert.__name__ = name
         return convert
 
     converters = {
-        bool: boolean, str: str, int: numbers("integer (at least 0)", int, 0), float: numbers("finite number", float),
+        bool: boolean, str: str, int: numbers("integer (at least 0)", int, 0),
         Positive: numbers("positive integer (at least 1)", int, 1),
+        float: numbers("finite number (at least 0)", float, 0), Share: numbers("number in [0, 1]", float, 0, 1),
+        Decay: numbers("number in [0, 1)", float, 0, 1 - 2 ** -53),
         tuple[int, ...]: numbers("list_of_numbers", int, many=True),
         tuple[float, ...]: numbers("list_of_finite_numbers", float, many=True)}
     source = "".join(inspect.getsource(each) for each in Config.__mro__[-2::-1])
