@@ -46,8 +46,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizer import (
-    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, fingerprint, init_world, leave_signals, lerp_unless,
-    load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
+    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, init_world, leave_signals,
+    lerp_unless, load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
     parse_config, read_json, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
     time_steps, to_float, write_json)
 
@@ -64,6 +64,7 @@ class Config:
     data: str = "data/imagenet"  # class folders (maybe in train/, val/), shapes, CIFAR10, ...
     data_dir: str = "data"  # of torchvision's data sets
     download: bool = False  # if need be
+    skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: int = 0  # pixels; 0: the tokenizer's
     latents: str = ""  # their cache; empty: OUT/latents
     cache_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -1020,12 +1021,13 @@ def cache_latents(
         return Latents(folder, names)
 
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}
+    labels = np.load(folder / "labels.npy", mmap_mode="r+")
     done = np.load(folder / "done.npy", mmap_mode="r+")
     mine = np.array_split(np.flatnonzero(done == 0), world.size)[world.rank]
     world.barrier()  # all have read
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     loader = make_loader(images, [indices[part].tolist() for part in parts], world, workers)
-    for (pixels, _), part in zip(tqdm(loader, f"latents {folder.name}", disable=world.rank > 0), parts):
+    for (pixels, read), part in zip(tqdm(loader, f"latents {folder.name}", disable=world.rank > 0), parts):
         x = to_float(pixels.to(world.device))
         x = torch.cat((x, x.flip(-1)))  # [2 b, 3, S, S]
         with torch.inference_mode():
@@ -1037,6 +1039,8 @@ def cache_latents(
             rows = torch.from_numpy(array).view(DTYPES[dtype][0])
             rows[2 * part], rows[2 * part + 1] = values[name].to("cpu", rows.dtype).chunk(2)
             array.flush()
+        labels[part] = read  # of the images that were read: see Images
+        labels.flush()
         done[part] = 1
         done.flush()
     world.barrier()
@@ -1051,7 +1055,9 @@ def describe_images(images, indices):
     """Files' names and sizes, labels, 16 images."""
     files = len(images)
     if isinstance(images.source, np.ndarray):  # paths
-        files = [(Path(os.fsdecode(path)).parts[-2:], os.stat(path).st_size) for path in images.source]
+        files = []
+        for path in images.source:
+            files.append((Path(os.fsdecode(path)).parts[-2:], os.path.exists(path) and os.stat(path).st_size))
     pixels = [images[i][0] for i in indices[::-(-len(indices) // 16)]]
     return [files, images.classes, torch.as_tensor(images.labels), torch.as_tensor(indices), *pixels]
 
@@ -1077,7 +1083,7 @@ def open_cache(folder, wanted, labels):
     np.save(folder / "done.npy", np.zeros(len(labels), np.uint8))
     np.save(folder / "labels.npy", labels)
     for name, spec in wanted.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", DTYPES[spec["dtype"]][1], tuple(spec["shape"]))
+        allocate(folder / f"{name}.npy", DTYPES[spec["dtype"]][1], spec["shape"])
     write_json(folder / "meta.json", dict(arrays=wanted, complete=False))
 
 

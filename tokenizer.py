@@ -44,6 +44,7 @@ import sys
 import textwrap
 import time
 import typing
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class Config:
     data: str = "data/imagenet"  # folder (flat or of classes), shapes, CIFAR10
     data_dir: str = "data"  # torchvision's data sets
     download: bool = False  # fetch them
+    skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: Positive = 256  # side of images
     crop: bool = True  # augment: a square of 0.5 to 1 of the short side
     flip: bool = True  # augment: mirror half of them
@@ -2058,17 +2060,19 @@ def load_state(module, state, name, ignore=(), **keywords):
 # Data: folders, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
 
 def load_rgb(path):
-    """Pillow's, in RGB: transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
+    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode[0] in "IF":
-            values = np.asarray(image).astype(np.float64)
-            values = values / (257 if values.max() > 255 else 1)
-            image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd files and large ones
+            image = ImageOps.exif_transpose(Image.open(path))
+            if image.mode[0] in "IF":
+                values = np.asarray(image).astype(np.float64)
+                values = values / (257 if values.max() > 255 else 1)
+                image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except Exception as error:  # of damaged files
         raise UserError(f"cannot read image {path}: {type(error).__name__}: {error}".replace("\n", " "))
 
@@ -2085,9 +2089,10 @@ def center_crop(image, size):
 
 
 def list_images(folder):
-    """The image files under a folder, sorted."""
+    """The image files under a folder, sorted; nothing hidden."""
     suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    paths = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if not paths:
         raise UserError(f"no images in {folder}, or no such folder")
     return paths
@@ -2096,7 +2101,9 @@ def list_images(folder):
 class Images(Dataset):
     """Images at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and `val`),
     "shapes", or a torchvision data set under `data_dir`. Items are asked for as index, or as (index, key): then
-    augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key."""
+    augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key. A file that is no
+    image: UserError; with `bad_list` the next index's image and label stand in, and that file lists the path."""
+    bad_list = None
 
     def __init__(self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out"):
         self.size = size
@@ -2122,6 +2129,11 @@ class Images(Dataset):
         if len({path.parent == root for path in paths}) == 2:
             raise UserError(f"{root} has images both in class folders and beside them")
         folders = ["image" if path.parent == root else path.relative_to(root).parts[0] for path in paths]
+        if paths[0].parent != root:
+            empty = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."} - set(folders)
+            if empty:
+                raise UserError(f"class folder {root / min(empty)} has no images")
+        self.root = os.fsencode(root / "_")[:-1]
         classes, self.labels = np.unique(folders, return_inverse=True)
         self.classes = classes.tolist()
         self.source = np.array([os.fsencode(path) for path in paths])  # workers would copy a list
@@ -2162,11 +2174,37 @@ class Images(Dataset):
         names = self.source.tolist() if isinstance(self.source, np.ndarray) else []
         return names, self.classes, self.labels.tolist()
 
+    def read(self, index):
+        """-> (image, index), of the first readable one from there."""
+        while True:
+            image = self.source[index]
+            if not isinstance(image, bytes):
+                return image[0], index
+            try:
+                return load_rgb(os.fsdecode(image)), index
+            except UserError:
+                if not self.bad_list:
+                    raise
+            self.note_bad(image)
+            index = (index + 1) % len(self)
+
+    def note_bad(self, path):
+        """Any process may; too many: UserError."""
+        self.bad_list.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.bad_list, "ab+") as file:  # small appends do not mix
+            lock(file)
+            file.seek(0)
+            bad = set(file.read().splitlines())
+            if path not in bad:
+                file.write(path + b"\n")
+        count = sum(line.startswith(self.root) for line in bad | {path})
+        if count > len(self) / 100:
+            raise UserError(f"{count} of {len(self)} images cannot be read, more than 1%: {self.bad_list} lists them")
+
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
         rng = None if key is None else np.random.default_rng(key)
-        image = self.source[index]
-        image = load_rgb(os.fsdecode(image)) if isinstance(image, bytes) else image[0]
+        image, index = self.read(index)
         if torch.is_tensor(image):
             image = Image.fromarray(image.permute(1, 2, 0).numpy())
         image = image.convert("RGB")
@@ -2186,6 +2224,8 @@ class Images(Dataset):
 def open_data(cfg, split, size, crop=False, flip=False):
     """A Config's Images."""
     data = Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache)
+    if cfg.skip_bad:
+        data.bad_list = Path(cfg.out) / "bad_images.txt"
     if data.note and os.environ.get("RANK", "0") == "0":
         print(f"note: {data.note}")
     return data
@@ -2250,7 +2290,7 @@ class Shapes(Dataset):
             path = Path(cache) / f"shapes-{split}-{size}-{n}-{version}.npy"
             if not path.exists():
                 with replacing(path) as temp:
-                    array = np.lib.format.open_memmap(temp, "w+", np.uint8, (n, 3, size, size))
+                    array = allocate(temp, np.uint8, (n, 3, size, size))
                     for part in tqdm(np.array_split(np.arange(n), n // 500 + 1), f"drawing {n} shapes", leave=False):
                         array[part] = self.draw(part)
             self.images = np.load(path, mmap_mode="r")
@@ -2813,6 +2853,18 @@ def replacing(path, sync=True):
     finally:
         if temp.exists():
             temp.unlink()
+
+
+def allocate(path, dtype, shape):
+    """A new .npy's array, mapped; on a full disk UserError now, not SIGBUS as it is filled."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, tuple(shape))
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}")
+    return array
 
 
 def remove_leftovers(folder):
