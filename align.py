@@ -53,6 +53,7 @@ class Config:
     data: str = "data/imagenet"  # a folder, shapes, CIFAR10, ...
     data_dir: str = "data"  # of torchvision's data sets
     download: bool = False  # fetch them
+    skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: int = 0  # pixels; 0: the first tokenizer's
     workers: int = 8  # loader processes
     # measuring

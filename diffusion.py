@@ -46,9 +46,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizer import (
-    MLP, Log, Positive, ShapesText, UserError, Watch, fingerprint, init_world, leave_signals, lerp_unless,
-    load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
-    parse_config, read_json, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless, time_steps, to_float, write_json)
+    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, init_world, leave_signals,
+    lerp_unless, load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
+    parse_config, read_json, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
+    time_steps, to_float, write_json)
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Config:
     data: str = "data/imagenet"  # class folders (maybe in train/, val/), shapes, CIFAR10, ...
     data_dir: str = "data"  # of torchvision's data sets
     download: bool = False  # if need be
+    skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: int = 0  # pixels; 0: the tokenizer's
     latents: str = ""  # their cache; empty: OUT/latents
     cache_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -83,7 +85,7 @@ class Config:
     times: Literal["lognormal", "uniform"] = "lognormal"  # logit-normal(0, 1)
     uniform_from: int = 0  # uniform from this step (0: never); LightningDiT: 600000 of 700,000
     cosine_weight: float = 1.0  # of 1 - cosine(v, target)
-    class_dropout: float = 0.1  # share of labels made null
+    class_dropout: Share = 0.1  # share of labels made null
     align: Literal["none", "repa", "reg"] = "none"  # reg: REPA and a class token
     align_vfm: str = "dinov2_vitb14"  # that VFM
     encoder_depth: Positive = 8  # block, from 1, projected
@@ -95,11 +97,11 @@ class Config:
     batch_size: Positive = 1_024  # images a step, of all processes
     accumulate: Positive = 1  # micro-batches a step
     lr: float = 2e-4  # of AdamW, without weight decay
-    beta2: float = 0.95  # of its second moments
+    beta2: Decay = 0.95  # of its second moments
     warmup: int = 0  # steps of linear warm-up
-    cooldown: float = 0.0  # last share of the steps: linear fall to 0 (ours)
+    cooldown: Share = 0.0  # last share of the steps: linear fall to 0 (ours)
     clip: float = 1.0  # gradient norm
-    ema: float = 0.9999  # decay a step
+    ema: Decay = 0.9999  # decay a step
     # machine
     compile: bool = torch.cuda.is_available()  # the model
     checkpointing: bool = False  # recompute blocks backward
@@ -1019,12 +1021,13 @@ def cache_latents(
         return Latents(folder, names)
 
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}
+    labels = np.load(folder / "labels.npy", mmap_mode="r+")
     done = np.load(folder / "done.npy", mmap_mode="r+")
     mine = np.array_split(np.flatnonzero(done == 0), world.size)[world.rank]
     world.barrier()  # all have read
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     loader = make_loader(images, [indices[part].tolist() for part in parts], world, workers)
-    for (pixels, _), part in zip(tqdm(loader, f"latents {folder.name}", disable=world.rank > 0), parts):
+    for (pixels, read), part in zip(tqdm(loader, f"latents {folder.name}", disable=world.rank > 0), parts):
         x = to_float(pixels.to(world.device))
         x = torch.cat((x, x.flip(-1)))  # [2 b, 3, S, S]
         with torch.inference_mode():
@@ -1036,6 +1039,8 @@ def cache_latents(
             rows = torch.from_numpy(array).view(DTYPES[dtype][0])
             rows[2 * part], rows[2 * part + 1] = values[name].to("cpu", rows.dtype).chunk(2)
             array.flush()
+        labels[part] = read  # of the images that were read: see Images
+        labels.flush()
         done[part] = 1
         done.flush()
     world.barrier()
@@ -1050,7 +1055,9 @@ def describe_images(images, indices):
     """Files' names and sizes, labels, 16 images."""
     files = len(images)
     if isinstance(images.source, np.ndarray):  # paths
-        files = [(Path(os.fsdecode(path)).parts[-2:], os.stat(path).st_size) for path in images.source]
+        files = []
+        for path in images.source:
+            files.append((Path(os.fsdecode(path)).parts[-2:], os.path.exists(path) and os.stat(path).st_size))
     pixels = [images[i][0] for i in indices[::-(-len(indices) // 16)]]
     return [files, images.classes, torch.as_tensor(images.labels), torch.as_tensor(indices), *pixels]
 
@@ -1076,7 +1083,7 @@ def open_cache(folder, wanted, labels):
     np.save(folder / "done.npy", np.zeros(len(labels), np.uint8))
     np.save(folder / "labels.npy", labels)
     for name, spec in wanted.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", DTYPES[spec["dtype"]][1], tuple(spec["shape"]))
+        allocate(folder / f"{name}.npy", DTYPES[spec["dtype"]][1], spec["shape"])
     write_json(folder / "meta.json", dict(arrays=wanted, complete=False))
 
 

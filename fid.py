@@ -51,6 +51,7 @@ class Config:
     data: str = ""  # ... of this data set; empty: its own
     data_dir: str = "data"  # ... torchvision's folder
     download: bool = False  # ... them, if need be
+    skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     images: Positive = 50_000  # ... at most so many
     image_size: int = 0  # crop as ADM does; 0: the images' or tokenizer's
     batch_size: Positive = 256  # of each process

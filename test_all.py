@@ -258,8 +258,48 @@ def test_wrong_flags_exit_with_one_line():
             ("--kimg=nan", "--kimg", "finite"), ("--kimg=inf", "--kimg", "finite"), ("--kimg=x", "--kimg", "x"),
             ("--layers=0,x", "--layers", "list_of_numbers", "0,x"), ("--method=gan", "--method", "gan", "aligntok")):
         fails(lambda: parse(flag), *words, status=2)
-    for flag in ("--seed=0", "--workers=0", "--batch_size=1"):
+    for flag in ("--kimg=-1", "--cooldown=1.1", "--cooldown=-0.1", "--cooldown=nan", f"--seed={10 ** 30}"):
+        fails(lambda: parse(flag), flag.split("=")[0], status=2)
+    for flag in ("--seed=0", "--workers=0", "--batch_size=1", "--cooldown=1", "--layers=-1"):
         parse(flag)
+    for flag in ("--beta2=1", "--ema=1", "--lr=-1", "--class_dropout=2", "--cosine_weight=-0.5"):
+        config = dict(config=diffusion.Config, presets=diffusion.PRESETS)
+        fails(lambda: parse(flag, **config), flag.split("=")[0], status=2)
+
+
+def test_random_command_lines():
+    """Whatever stands behind the flags: a Config from which a network is built, or one line and status 2 (or 1)."""
+    values = (
+        "", "nan", "-1", "0", "1", "2", "8", "64", "0.5", "1e9", "1e400", "9" * 400, "x", "é", "0,0", "-5,5", "1,1,1,2",
+        "8,8", "0,-1", "true", "%s", "vae", "reg", "toy")
+    rng = np.random.default_rng(0)
+    wide = ("num_res_blocks", "ldm_blocks", "depth")  # as many layers
+    for number in range(150):
+        module = SCRIPTS[number % len(SCRIPTS)]
+        names = rng.choice([field.name for field in dataclasses.fields(module.Config)], rng.integers(1, 5))
+        flags = [f"--{name}={rng.choice(values)}" for name in names]
+
+        def build():
+            cfg = parse(*flags, config=module.Config, presets=module.PRESETS)
+            if any(getattr(cfg, name, 0) > 64 for name in wide):
+                raise UserError("too slow for a test")
+            with torch.device("meta"):
+                if module is tokenizer:
+                    tokenizer.stage_plan(cfg)
+                    tokenizer.build_tokenizer(dataclasses.replace(cfg, vfm="toy"), pretrained=False)
+                elif module is diffusion:
+                    text = tokenizer.ShapesText() if cfg.text else None
+                    diffusion.model_arch(cfg, 8, 8, 10, 128 if cfg.align != "none" else 0, text)
+                    diffusion.learning_rate(cfg, cfg.steps - 1)
+
+        try:
+            quiet(build)
+        except UserError as error:
+            assert "\n" not in str(error), (flags, error)
+        except SystemExit:
+            fails(build, status=2)
+        except Exception as error:
+            raise AssertionError(flags) from error
 
 
 @dataclasses.dataclass

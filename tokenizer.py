@@ -46,6 +46,7 @@ import textwrap
 import time
 import typing
 import unicodedata
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class Config:
     data: str = "data/imagenet"  # folder (flat or of classes), shapes, CIFAR10
     data_dir: str = "data"  # torchvision's data sets
     download: bool = False  # fetch them
+    skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: Positive = 256  # side of images
     crop: bool = True  # augment: a square of 0.5 to 1 of the short side
     flip: bool = True  # augment: mirror half of them
@@ -107,7 +109,7 @@ class Config:
     kimg: float = 0.0  # thousands of images, all stages; 0: as in STAGES
     batch_size: Positive = 512  # images a step
     accumulate: Positive = 1  # micro-batches a step
-    cooldown: float = 0.0  # last share of the run: learning rates fall linearly to 0 (ours)
+    cooldown: Share = 0.0  # last share of the run: learning rates fall linearly to 0 (ours)
     ema_kimg: float = 160.0  # half-life of the weights' average; at most 5% of the images seen
     perceptual: str = "lpips"  # or the VFM to use its formula on
     lpips_weights: str = ""  # files of VGG16, LPIPS, comma-separated; empty: public
@@ -887,9 +889,11 @@ def build_tokenizer(cfg, pretrained=True):
             raise UserError("--layers must end with -1, which the VF loss reads")
     if (kind == "ldm" or not on_vfm) and 2 ** (len(cfg.ch_mult) - 1) != cfg.downsample:
         raise UserError(f"--ch_mult of {len(cfg.ch_mult)} levels does not downsample by {cfg.downsample}")
+    if min(0, *cfg.widths, *cfg.fuse_dims, *cfg.attention, *cfg.ch_mult) < 0:
+        raise UserError("--widths, --fuse_dims, --attention, --ch_mult must not be negative")
     try:
         tok = Tokenizer(**arch)
-    except ValueError as error:  # groups, heads
+    except (ValueError, TypeError, ArithmeticError, IndexError) as error:  # groups, heads
         raise UserError(f"no network has such widths: {error}")
     tok.check_size(cfg.image_size, cfg.image_size)
     if on_vfm:
@@ -2360,17 +2364,19 @@ def load_text(name_or_path, **overrides):
 # Data: folders, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
 
 def load_rgb(path):
-    """Pillow's, in RGB: transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
+    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode[0] in "IF":
-            values = np.asarray(image).astype(np.float64)
-            values = values / (257 if values.max() > 255 else 1)
-            image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd files and large ones
+            image = ImageOps.exif_transpose(Image.open(path))
+            if image.mode[0] in "IF":
+                values = np.asarray(image).astype(np.float64)
+                values = values / (257 if values.max() > 255 else 1)
+                image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except Exception as error:  # of damaged files
         raise UserError(f"cannot read image {path}: {type(error).__name__}: {error}".replace("\n", " "))
 
@@ -2387,9 +2393,10 @@ def center_crop(image, size):
 
 
 def list_images(folder):
-    """The image files under a folder, sorted."""
+    """The image files under a folder, sorted; nothing hidden."""
     suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    paths = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if not paths:
         raise UserError(f"no images in {folder}, or no such folder")
     return paths
@@ -2398,7 +2405,9 @@ def list_images(folder):
 class Images(Dataset):
     """Images at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and `val`),
     "shapes", or a torchvision data set under `data_dir`. Items are asked for as index, or as (index, key): then
-    augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key."""
+    augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key. A file that is no
+    image: UserError; with `bad_list` the next index's image and label stand in, and that file lists the path."""
+    bad_list = None
 
     def __init__(self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out"):
         self.size = size
@@ -2424,6 +2433,11 @@ class Images(Dataset):
         if len({path.parent == root for path in paths}) == 2:
             raise UserError(f"{root} has images both in class folders and beside them")
         folders = ["image" if path.parent == root else path.relative_to(root).parts[0] for path in paths]
+        if paths[0].parent != root:
+            empty = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."} - set(folders)
+            if empty:
+                raise UserError(f"class folder {root / min(empty)} has no images")
+        self.root = os.fsencode(root / "_")[:-1]
         classes, self.labels = np.unique(folders, return_inverse=True)
         self.classes = classes.tolist()
         self.source = np.array([os.fsencode(path) for path in paths])  # workers would copy a list
@@ -2464,11 +2478,37 @@ class Images(Dataset):
         names = self.source.tolist() if isinstance(self.source, np.ndarray) else []
         return names, self.classes, self.labels.tolist()
 
+    def read(self, index):
+        """-> (image, index), of the first readable one from there."""
+        while True:
+            image = self.source[index]
+            if not isinstance(image, bytes):
+                return image[0], index
+            try:
+                return load_rgb(os.fsdecode(image)), index
+            except UserError:
+                if not self.bad_list:
+                    raise
+            self.note_bad(image)
+            index = (index + 1) % len(self)
+
+    def note_bad(self, path):
+        """Any process may; too many: UserError."""
+        self.bad_list.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.bad_list, "ab+") as file:  # small appends do not mix
+            lock(file)
+            file.seek(0)
+            bad = set(file.read().splitlines())
+            if path not in bad:
+                file.write(path + b"\n")
+        count = sum(line.startswith(self.root) for line in bad | {path})
+        if count > len(self) / 100:
+            raise UserError(f"{count} of {len(self)} images cannot be read, more than 1%: {self.bad_list} lists them")
+
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
         rng = None if key is None else np.random.default_rng(key)
-        image = self.source[index]
-        image = load_rgb(os.fsdecode(image)) if isinstance(image, bytes) else image[0]
+        image, index = self.read(index)
         if torch.is_tensor(image):
             image = Image.fromarray(image.permute(1, 2, 0).numpy())
         image = image.convert("RGB")
@@ -2488,6 +2528,8 @@ class Images(Dataset):
 def open_data(cfg, split, size, crop=False, flip=False):
     """A Config's Images."""
     data = Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache)
+    if cfg.skip_bad:
+        data.bad_list = Path(cfg.out) / "bad_images.txt"
     if data.note and os.environ.get("RANK", "0") == "0":
         print(f"note: {data.note}")
     return data
@@ -2552,7 +2594,7 @@ class Shapes(Dataset):
             path = Path(cache) / f"shapes-{split}-{size}-{n}-{version}.npy"
             if not path.exists():
                 with replacing(path) as temp:
-                    array = np.lib.format.open_memmap(temp, "w+", np.uint8, (n, 3, size, size))
+                    array = allocate(temp, np.uint8, (n, 3, size, size))
                     for part in tqdm(np.array_split(np.arange(n), n // 500 + 1), f"drawing {n} shapes", leave=False):
                         array[part] = self.draw(part)
             self.images = np.load(path, mmap_mode="r")
@@ -2692,10 +2734,6 @@ class Shapes(Dataset):
         return np.minimum(box(-0.62, -0.16, -0.85, 0.85), box(-0.62, 0.62, 0.4, 0.85))  # L
 
 
-def load_text(name):
-    raise UserError(f"no text encoder {name}")
-
-
 class ShapesText:
     """Words of Shapes.caption as ids, for a DiT that learns their embeddings."""
     name = "toy"
@@ -2806,12 +2844,17 @@ class UserError(Exception):
 
 
 Positive = typing.NewType("Positive", int)
+Share = typing.NewType("Share", float)
+Decay = typing.NewType("Decay", float)
+
+
+MOST = 2 ** 62  # of any number: C's integers hold it
 
 
 def parse_config(Config, presets, argv=None, positional=()):
-    """Config's defaults, then the preset's, then the flags. Fields may be int (0 or more), Positive, float, bool (0/1),
-    str, Literal[...] or tuple[int or float, ...] (comma-separated); those in `positional` need no flag. One line and
-    exit status 2 for an unknown flag or a bad value."""
+    """Config's defaults, then the preset's, then the flags. Fields may be int or float (0 or more), Positive, Share
+    (in [0, 1]), Decay (in [0, 1)), bool (0/1), str, Literal[...] or tuple[int or float, ...] (comma-separated, maybe
+    negative); those in `positional` need no flag. One line and exit status 2 for an unknown flag or a bad value."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             self.exit(2, f"{self.prog}: {message}\n")
@@ -2819,18 +2862,20 @@ def parse_config(Config, presets, argv=None, positional=()):
     def boolean(text):
         return ("0", "false", "1", "true").index(text.lower()) > 1
 
-    def numbers(name, kind, least=-math.inf, many=False):  # name: for argparse's complaint
+    def numbers(name, kind, least=-MOST, most=MOST, many=False):  # name: for argparse's complaint
         def convert(text):
             values = tuple(kind(part) for part in text.split(",") if part) if many else (kind(text),)
-            if not all(value >= least and math.isfinite(value) for value in values):
+            if not all(least <= value <= most for value in values):
                 raise ValueError
             return values if many else values[0]
         convert.__name__ = name
         return convert
 
     converters = {
-        bool: boolean, str: str, int: numbers("integer (at least 0)", int, 0), float: numbers("finite number", float),
+        bool: boolean, str: str, int: numbers("integer (at least 0)", int, 0),
         Positive: numbers("positive integer (at least 1)", int, 1),
+        float: numbers("finite number (at least 0)", float, 0), Share: numbers("number in [0, 1]", float, 0, 1),
+        Decay: numbers("number in [0, 1)", float, 0, 1 - 2 ** -53),
         tuple[int, ...]: numbers("list_of_numbers", int, many=True),
         tuple[float, ...]: numbers("list_of_finite_numbers", float, many=True)}
     source = "".join(inspect.getsource(each) for each in Config.__mro__[-2::-1])
@@ -3108,6 +3153,18 @@ def replacing(path, sync=True):
     finally:
         if temp.exists():
             temp.unlink()
+
+
+def allocate(path, dtype, shape):
+    """A new .npy's array, mapped; on a full disk UserError now, not SIGBUS as it is filled."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, tuple(shape))
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}")
+    return array
 
 
 def remove_leftovers(folder):
