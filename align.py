@@ -22,14 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from scipy.stats import rankdata
-from tqdm import tqdm
-
+# before torch, for whose threads tokenizer.py sets the environment
 from diffusion import PRESETS as DIFFUSION_PRESETS, Config as DiffusionConfig, train as train_diffusion
 from diffusion import (
     ImageNoise, Sampling, build, draw_times, flow_losses, full_state, generate, load_diffusion, update_ema, vfm_tokens)
@@ -41,6 +34,14 @@ from tokenizer import (
     build_tokenizer, fingerprint, init_world, load_checkpoint, load_tokenizer, load_vfm, load_weights, main,
     make_loader, open_data, parse_config, psnr, read_json, replacing, save_checkpoint, seed_step, shrink, stages_of,
     step_batches, step_unless, to_float, to_uint8, vfm_of, write_json, write_text)
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import rankdata
+from tqdm import tqdm
 
 
 @dataclass

@@ -33,6 +33,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+# before torch, for whose threads tokenizer.py sets the environment
+from tokenizer import (
+    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, init_world, leave_signals,
+    lerp_unless, load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader,
+    open_data, parse_config, read_json, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
+    time_steps, to_float, write_json)
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -44,12 +51,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-from tokenizer import (
-    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, init_world, leave_signals,
-    lerp_unless, load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
-    parse_config, read_json, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
-    time_steps, to_float, write_json)
 
 
 @dataclass
@@ -550,7 +551,7 @@ class Sampling:
 @torch.no_grad()
 def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, rows=16, negative=None):
     """Images [B, 3, H, W] in [-1, 1] of classes y [B] or captions, by the latents' mean, std [C]. Image i is a function
-    of (cfg.seed, indices[i], y[i]), not of its batch: `rows` at least are computed, as BLAS rounds otherwise for few."""
+    of (cfg.seed, indices[i], y[i]), not its batch: `rows` at least are computed, as BLAS rounds otherwise for few."""
     device = world.device
     some = np.arange(max(rows, len(y))) % len(y)
     noise = ImageNoise(cfg.seed, np.asarray(indices)[some])
@@ -656,7 +657,8 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim, text=None):
         vocabulary = len(text.words) + 1 if isinstance(text, ShapesText) else 0
         arch.update(
             num_classes=0, qk_norm=True, text_tokens=text.length, vocabulary=vocabulary,
-            text_dim=arch["hidden_size"] if vocabulary else text.dim, text_pooled=not vocabulary and text.pooled_dim > 0)
+            text_dim=arch["hidden_size"] if vocabulary else text.dim,
+            text_pooled=not vocabulary and text.pooled_dim > 0)
     with torch.device("meta"):
         DiT(**arch)  # complains before hours of encoding
     return arch
@@ -754,7 +756,8 @@ def caption_states(text, ids):
 
 
 def normalise_rows(rows, mean, std, text=None):
-    """Cache rows -> dict(latents, labels: the DiT's y, tokens or None), float32, on the device of mean, std [C, 1, 1]."""
+    """Cache rows -> dict(latents, labels: the DiT's y, tokens or None), float32, on mean's device; mean, std [C, 1, 1].
+    """
     rows = {name: value.to(mean.device, non_blocking=True) for name, value in rows.items()}
     tokens = rows["features"].float() if "features" in rows else None  # [B, (1 +) N, D]
     labels = caption_states(text, rows["labels"]) if text else rows["labels"]

@@ -21,6 +21,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+# before torch, for whose threads tokenizer.py sets the environment
+from tokenizer import (
+    LPIPS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint, init_world,
+    list_images, load_checkpoint, load_rgb, load_state, load_tokenizer, load_vfm, load_weights, main, open_data,
+    parse_config, psnr, read_json, replacing, save_checkpoint, shrink, ssim, to_float, to_uint8, train_on_shapes,
+    write_json)
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -30,12 +37,6 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.data import DataLoader
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
 from tqdm import tqdm
-
-from tokenizer import (
-    LPIPS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint, init_world,
-    list_images, load_checkpoint, load_rgb, load_state, load_tokenizer, load_vfm, load_weights, main, open_data,
-    parse_config, psnr, read_json, replacing, save_checkpoint, shrink, ssim, to_float, to_uint8, train_on_shapes,
-    write_json)
 
 
 @dataclass

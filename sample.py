@@ -4,7 +4,7 @@ Images from a diffusion checkpoint (solvers: diffusion.py), reconstructions of a
     python sample.py  # toy: out/diffusion.pt -> out/samples/, .png, .npz
     torchrun --nproc_per_node=8 sample.py --preset=imagenet  # 50,000 for FID
     python sample.py --ckpt=lightningdit-xl.pt --tokenizer=vfmvae.pth --latent_stats=latents_stats.pt
-    python sample.py --prompt="a large red star at the upper left on a blue background, stripes"  # of diffusion.py --text
+    python sample.py --prompt="a large red star at the upper left on a blue background, stripes|a ..."
     python sample.py --reconstruct=FOLDER  # through the tokenizer
     python sample.py --bench=20  # time guided evaluations
 """
@@ -14,15 +14,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm, trange
-
+# before torch, for whose threads tokenizer.py sets the environment
 from diffusion import Sampling, caption_states, generate, guided, load_diffusion, ode, sde
 from tokenizer import (
     Images, Positive, Shapes, ShapesText, UserError, fingerprint, init_world, load_text, load_tokenizer, load_weights,
     main, make_loader, parse_config, read_json, replacing, save_grid, time_steps, to_float, to_uint8, write_json)
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm, trange
 
 
 @dataclass

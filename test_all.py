@@ -270,7 +270,8 @@ def test_wrong_flags_exit_with_one_line():
 def test_random_command_lines():
     """Whatever stands behind the flags: a Config from which a network is built, or one line and status 2 (or 1)."""
     values = (
-        "", "nan", "-1", "0", "1", "2", "8", "64", "0.5", "1e9", "1e400", "9" * 400, "x", "é", "0,0", "-5,5", "1,1,1,2",
+        "", "nan", "-1", "0", "1", "2", "8", "64", "0.5", "1e9", "1e400", "9" * 400, "x", "é", "0,0", "-5,5",
+        "1,1,1,2",
         "8,8", "0,-1", "true", "%s", "vae", "reg", "toy")
     rng = np.random.default_rng(0)
     wide = ("num_res_blocks", "ldm_blocks", "depth")  # as many layers
@@ -798,7 +799,7 @@ def test_text_tokens_golden():
 
 
 def test_text_merges():
-    """Pairs merge by rank, leftmost first, also where a later merge makes a pair of lower rank; long texts are quick."""
+    """Pairs merge by rank, leftmost first, also where a merge makes a pair of lower rank; long texts are quick."""
     ranks = tokenizer.merge_ranks(["ab c", ["a", "b"], "b a", "c abc"])
     assert tokenizer.merge_pairs("abab", ranks) == ["ab", "ab"]
     assert tokenizer.merge_pairs("abcbabc", ranks) == ["abc", "b", "abc"]
@@ -3848,8 +3849,8 @@ def assert_same_log(a, b):
 
 @with_tiny_vfm
 def test_tokenizers_stopped_by_signals():
-    """Every method, stopped in the middle of an epoch, at a stage's last step and in a later stage, between lines of the
-    log and checkpoints: weights, averages, optimizers, discriminators, log as of a run that was not stopped."""
+    """Every method, stopped in the middle of an epoch, in a later stage, between lines of the log and checkpoints:
+    weights, averages, optimizers, discriminators, log as of a run that was not stopped."""
     for method in tokenizer.STAGES["paper"]:
         with tempfile.TemporaryDirectory() as folder:
             cfg = tiny_config(f"{folder}/whole", method=method, kimg=0.096, log_interval=4, save_interval=1000)
@@ -3930,8 +3931,8 @@ def harness(folder, code, *flags, run=script, status=0):
 
 
 def test_two_processes_stop_together():
-    """A signal to one of two processes (with loader processes) stops both after the same step, with one checkpoint; gone
-    on, they end as if never stopped. Losses that are not finite on one process make both skip the step."""
+    """A signal to one of two processes (with loader processes) stops both after the same step, with one checkpoint;
+    gone on, they end as if never stopped. Losses that are not finite on one process make both skip the step."""
     stop = """
 def harm(number, losses):
     if number == 2 and rank == 1 and not Path(sys.argv[0]).with_suffix(".done").exists():
@@ -4075,7 +4076,8 @@ def harm(number, losses):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-            fails(lambda: sample.write_png(paths[0], torch.randint(256, (3, 64, 64), dtype=torch.uint8)), "cannot write")
+            pixels = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+            fails(lambda: sample.write_png(paths[0], pixels), "cannot write")
             Image.new("RGB", (64, 64)).save(f"{folder}/c.png")
             fails(lambda: sample.write_npz(paths[1], [f"{folder}/c.png"] * 9), "cannot write")
         finally:
@@ -4085,8 +4087,8 @@ def harm(number, losses):
 
 @with_tiny_vfm
 def test_steps_that_are_not_finite():
-    """Such a step changes neither weights, averages nor optimizers of any training, and is counted; ten in a row end the
-    run in a line that names the loss and the checkpoint."""
+    """Such a step changes neither weights, averages nor optimizers, and is counted; ten in a row end the run in a line
+    that names the loss and the checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = tiny_config(folder, kimg=0.8, save_interval=1000)
         trainer = tiny_trainer("vfmvae")
@@ -4096,7 +4098,7 @@ def test_steps_that_are_not_finite():
             trainer.step([batch], 0, 0)
             before = copy.deepcopy(trainer.state_dict())
             ema = {name: p.detach() + 1 for name, p in trainer.tokenizer.named_parameters()}
-            kept = copy.deepcopy(ema)
+            averages = copy.deepcopy(ema)
             broken = next(p for p in weights.parameters() if p.requires_grad)
             with mock.patch.object(tokenizer, "average_gradients", lambda parameters, world: [
                     p.grad.fill_(math.inf) for p in parameters if p is broken]):
@@ -4105,10 +4107,10 @@ def test_steps_that_are_not_finite():
             after = trainer.state_dict()
             parts = ("gan_optimizer",) if weights is trainer.gan else ("model", "optimizer", "gan", "gan_optimizer")
             for part in parts:  # spectral norms' vectors follow from the weights
-                a, b = ({k: v for k, v in each[part].items() if not k.endswith(("_u", "_v"))} for each in (before, after))
-                assert_same(a, b)
+                kept = [name for name in before[part] if not name.endswith(("_u", "_v"))]
+                assert_same(*({name: entries[part][name] for name in kept} for entries in (before, after)))
             tokenizer.average_weights(ema, trainer.tokenizer, 8, 8, 1.0, losses["skipped"])
-            assert_same(ema, kept)
+            assert_same(ema, averages)
         with mock.patch.object(tokenizer, "ssim", lambda *a, **k: torch.tensor([1.0])), \
                 mock.patch.object(tokenizer, "kl_loss", lambda mean, logvar: mean.sum() * math.nan):
             fails(lambda: tokenizer.train(cfg, WORLD), "10 steps in a row", "kl", "no checkpoint")

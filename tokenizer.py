@@ -54,6 +54,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+# Waiting OpenMP threads sleep after so many turns: two runs side by side do not stop each other (ours, measured)
+os.environ.setdefault("GOMP_SPINCOUNT", "300")
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -2050,12 +2053,20 @@ def load_weights(path_or_url):
         if path.endswith(".safetensors"):
             return read_safetensors(path)
         mapped = os.name == "posix" and zipfile.is_zipfile(path)  # eight processes do not hold eight copies
+        if mapped:
+            with zipfile.ZipFile(path) as archive:  # which checks sums, as torch does not
+                for entry in archive.namelist():
+                    if entry.endswith("data.pkl"):
+                        archive.read(entry)
         entries = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(entries, dict):
             raise ValueError("it holds no state dict")
         return entries
     except Exception as error:  # of damaged or hostile files
-        raise UserError(f"cannot read weights from {path}: {type(error).__name__}: {error}".splitlines()[0])
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds code ({code[1]}), which is never run" if code else f"{type(error).__name__}: {error}"
+        reason = re.sub("Weights only load failed.*", "it is damaged, or holds more than weights", reason, flags=re.S)
+        raise UserError(f"cannot read weights from {path}: {reason}".splitlines()[0])
 
 
 def load_state(module, state, name, ignore=(), **keywords):
@@ -2357,7 +2368,9 @@ def load_text(name_or_path, **overrides):
         config["vocab"] = len(state["embed.weight"])
     except (KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{name} holds no known text encoder: it lacks or misshapes {error}")
-    return load_state(Encoder(root, **{**config, **overrides}), state, name).requires_grad_(False).eval()
+    encoder = load_state(Encoder(root, **{**config, **overrides}), state, name).requires_grad_(False).eval()
+    encoder.name = name
+    return encoder
 
 
 # --------------------------------------
@@ -3107,7 +3120,8 @@ class Watch:
         if row >= self.MOST:
             bad = [name for name, value in losses.items() if not value.isfinite()]
             there = f"{self.path} is the last checkpoint" if os.path.exists(self.path) else "no checkpoint was written"
-            raise UserError(f"{row} steps in a row were not finite, first of all {bad[0] if bad else 'elsewhere'}; {there}")
+            first = bad[0] if bad else "another process's loss"
+            raise UserError(f"{row} steps in a row were not finite, first of all {first}; {there}")
         return self.SIGNALS[received - 1] if received else 0
 
     def obey(self, number, step):
