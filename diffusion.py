@@ -37,8 +37,8 @@ from typing import Literal
 from tokenizer import (
     MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, init_world, leave_signals,
     lerp_unless, load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader,
-    open_data, parse_config, read_json, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
-    time_steps, to_float, write_json)
+    open_data, parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step, step_batches,
+    step_unless, time_steps, to_float, write_json)
 
 import numpy as np
 import torch
@@ -395,8 +395,14 @@ class DiT(nn.Module):
         products = 2 * len(self.blocks) * tokens ** 2 * self.pos_embed.shape[-1]  # attention
         for name, weight in self.named_parameters():
             if weight.ndim > 1 and not re.search(r"y_embedder|embedding|positions", name):
-                where = re.search(r"(t_embedder|adaLN|cls|pool)|(text)|(x_embedder|final|projectors)|", name)
-                products += weight.numel() * {1: 1, 2: self.text_tokens, 3: image, None: tokens}[where.lastindex]
+                count = tokens
+                if re.search(r"\bt_embedder|adaLN|cls|pool", name):
+                    count = 1
+                elif "text" in name:
+                    count = self.text_tokens
+                elif re.search("x_embedder|final|projectors", name):
+                    count = image
+                products += weight.numel() * count
         return 2 * products
 
 
@@ -452,7 +458,10 @@ def guided(
     if cfg_scale == 1 or not low <= t <= high:
         return evaluate(model, state, y)
     if guide is None:
-        other = model.null(len(y)) if negative is None else negative.expand_as(y)
+        if negative is not None:
+            other = negative.expand_as(y)
+        else:
+            other = torch.full_like(y, model.num_classes) if y.ndim == 1 else model.null(len(y))
         both = evaluate(model, [torch.cat((s, s)) for s in state], torch.cat((y, other.to(y.dtype))))
         own, other = zip(*(v.chunk(2) for v in both))
     else:
@@ -614,27 +623,28 @@ def load_diffusion(path, **overrides):
     classes, step, config)."""
     entries = load_weights(path)
     about = {}
-    if entries.get("kind", "diffusion") != "diffusion":
-        raise UserError(f"{path} is a {entries['kind']} checkpoint, not a diffusion model")
-    if "kind" in entries:
-        state = entries["ema"]
-        arch = entries["arch"]
-        about = {key: value for key, value in entries.items() if key not in ("model", "ema", "optimizer")}
-    else:
-        state = {}
-        for key, value in entries.get("ema", entries.get("model", entries)).items():
-            key = re.sub(r"^((module|model|_orig_mod)\.)+", "", key)
-            if torch.is_tensor(value) and not key.startswith("feat_rope."):  # tables
-                state[key] = value
-        try:
+    with reading(path):
+        if entries.get("kind", "diffusion") != "diffusion":
+            raise UserError(f"{path} is a {entries['kind']} checkpoint, not a diffusion model")
+        if "kind" in entries:
+            state = entries["ema"]
+            arch = entries["arch"]
+            about = {key: value for key, value in entries.items() if key not in ("model", "ema", "optimizer")}
+        else:
+            state = {}
+            for key, value in entries.get("ema", entries.get("model", entries)).items():
+                key = re.sub(r"^((module|model|_orig_mod)\.)+", "", key)
+                if torch.is_tensor(value) and not key.startswith("feat_rope."):  # tables
+                    state[key] = value
+            if "x_embedder.proj.weight" not in state:
+                raise UserError(f"{path} is no LightningDiT, REPA or REG: it lacks x_embedder.proj.weight")
             arch = official_arch(state)
             state = turn_round(state) if arch["arch"] == "sit" else state
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{path} is no LightningDiT, REPA or REG: it lacks {error}")
-        state.pop("pos_embed", None)
-    with torch.device("meta"):
-        model = DiT(**{**arch, **overrides})
-    load_state(model, {key: value.float() for key, value in state.items()}, str(path), assign=True)
+            state.pop("pos_embed", None)
+        with torch.device("meta"):
+            model = DiT(**{**arch, **overrides})
+        state = {key: value.float() for key, value in state.items()}
+    load_state(model, state, str(path), assign=True)
     model.about = about
     return model.eval()
 
@@ -830,13 +840,14 @@ def train(cfg, world):
     start = 0
     saved = load_checkpoint(path, "diffusion") if cfg.resume and path.exists() else None
     if saved:
-        start = saved["step"]
-        now = dict(
-            arch, latents=origin, seed=cfg.seed, batch_size=cfg.batch_size, align_vfm=cfg.align_vfm, text=cfg.text)
-        then = {**saved["config"], **saved["arch"], "latents": saved["latents"]}
-        changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
-        if changed:
-            raise UserError(f"{path} is another run's ({'; '.join(changed)}): --resume=0 or another --out")
+        with reading(path):
+            start = saved["step"]
+            now = dict(
+                arch, latents=origin, seed=cfg.seed, batch_size=cfg.batch_size, align_vfm=cfg.align_vfm, text=cfg.text)
+            then = {**saved["config"], **saved["arch"], "latents": saved["latents"]}
+            changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
+            if changed:
+                raise UserError(f"{path} is another run's ({'; '.join(changed)}): --resume=0 or another --out")
     world.agree(configuration=cfg, data=images.identity(), checkpoint=start)
     model, parallel, ema, optimizer = build(cfg, world, arch, saved)
     if text and not saved:

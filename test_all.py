@@ -1030,6 +1030,47 @@ def test_decoder_compiles_whole():
     assert_same_levels(compiled(x, (0, 2, -1)), vit(x, (0, 2, -1)), rtol=1e-4, atol=1e-4)
 
 
+def assert_compiled_alike(net, *inputs):
+    """inductor's outputs and gradients on the CPU are eager's to 1e-4."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        skip("no C++ compiler")
+    torch._dynamo.reset()
+    results = []
+    for function in net, torch.compile(net, dynamic=False):
+        net.zero_grad()
+        y = function(*inputs)
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        results.append([y, *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * max(1.0, b.abs().max().item()))
+
+
+def test_upsampling_compiles_on_the_cpu():
+    """VFM-VAE's upsampling with inductor, in channels_last, where its padding had no backward pass."""
+    net = tokenizer.Upsample(16, 8, 1).to(memory_format=torch.channels_last)
+    assert_compiled_alike(net, torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last))
+
+
+def test_convnext_compiles_on_the_cpu():
+    """VFM-VAE's modulated layer with inductor."""
+    net = tokenizer.ConvNeXtLayer(16, 5, 8)
+    net.gamma.data.fill_(1.0)
+    assert_compiled_alike(net, torch.randn(2, 16, 4, 4), torch.randn(2, 8))
+
+
+def test_ldm_block_compiles_on_the_cpu():
+    """The residual block of AlignTok, VA-VAE and the plain VAE with inductor."""
+    assert_compiled_alike(tokenizer.ResBlock(8, 16, 4), torch.randn(2, 8, 4, 4))
+
+
+def test_dit_block_compiles_on_the_cpu():
+    """LightningDiT's block with inductor."""
+    block = small_dit().blocks[0]
+    positions = torch.rand(16, 1, block.attn.qkv.in_features // block.attn.num_heads // 2)
+    dim = block.attn.qkv.in_features
+    assert_compiled_alike(block, torch.randn(2, 16, dim), torch.randn(2, dim), (positions.cos(), positions.sin()))
+
+
 @with_tiny_vfm
 def test_impossible_tokenizers_are_refused():
     """One line for what no network can be built of, before anything is trained."""
@@ -2538,6 +2579,104 @@ def test_reconstruct(folder, cfg):
         fails(lambda: sample.reconstruct(changed(config, reconstruct=where), WORLD), *words)
 
 
+# --- text ---
+
+def test_toy_captions_as_words():
+    """34 words, 13 a caption; left in a caption is on the left of the picture; other words are named."""
+    text = tokenizer.ShapesText()
+    shapes = Shapes("val", 32)
+    captions = [shapes.caption(i) for i in range(200)]
+    ids = text.ids(captions)
+    assert len(text.words) == 34 and ids.shape == (200, 13) and ids.min() > 0 and ids.max() <= 34
+    assert " ".join(text.words[i - 1] for i in ids[0]) == captions[0].lower().replace(",", "")
+    assert ((shapes.attributes(np.arange(200))["x"] < 0) == ["left" in caption for caption in captions]).all()
+    fails(lambda: text.ids(["a red cow"]), "cow", "crescent")
+    fails(lambda: text.ids([captions[0] + " red"]), "13 of these words")
+
+
+@torch.no_grad()
+def test_text_stands_before_the_image():
+    """A DiT of captions (words, or an encoder's states with a pooled one) and a class token: shapes; every token and
+    the pooled state matter; guidance asks for the null caption or a negative one."""
+    words = dict(text_tokens=13, text_dim=32, vocabulary=35)
+    states = dict(text_tokens=5, text_dim=24, text_pooled=True)
+    for arch, y in (words, torch.randint(1, 35, (2, 13))), (states, torch.randn(2, 6, 24)):
+        model = small_dit(num_classes=0, qk_norm=True, **arch, **{k: v for k, v in REG.items() if k != "qk_norm"})
+        x = torch.randn(2, 8, 4, 4)
+        cls = torch.randn(2, 24)
+        t = torch.full((2,), 0.3)
+        v, v_cls, projection = model(x, t, y, cls)
+        assert v.shape == x.shape and v_cls.shape == cls.shape and projection.shape[1] == 17
+        assert all(state.shape[1] == 17 for state in model(x, t, y, cls, blocks=True))
+        for k in range(y.shape[1]):
+            other = y.clone()
+            other[:, k] = y[:, k] % 34 + 1 if y.ndim == 2 else -y[:, k]
+            assert not torch.allclose(model(x, t, other, cls)[0], v, atol=1e-6), k
+        if y.ndim == 3:
+            model.text_embedder.null.normal_()
+            assert torch.equal(model.null(2), model.text_embedder.null.expand(2, 6, 24))
+        for negative, null in (None, model.null(2)), (y[1], y[1].expand_as(y)):
+            guided, _ = diffusion.guided(model, [x, cls], 0.3, y, cfg_scale=3.0, negative=negative)
+            far = model(x, t, null, cls)[0]
+            torch.testing.assert_close(guided, far + 3 * (v - far), rtol=1e-4, atol=1e-4)
+
+
+def test_text_model_sizes():
+    """2B: 1.990 and 2.002 billion parameters on SigLIP2-L's and T5-XXL's states; FLOPs are counted by part."""
+    depth, width, heads = diffusion.SIZES["2B"]
+    for dim, billions in (1024, 1.990), (4096, 2.002):
+        with torch.device("meta"):
+            model = diffusion.DiT(16, 32, 1, width, depth, heads, 0, qk_norm=True, text_tokens=64, text_dim=dim,
+                                  text_pooled=True)
+        assert abs(sum(p.numel() for p in model.parameters()) / 1e9 - billions) < 0.01
+    model = small_dit(num_classes=0, text_tokens=5, text_dim=24, text_pooled=True)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 8, 4, 4), torch.rand(1), torch.randn(1, 6, 24))
+    np.testing.assert_allclose(model.flops(), counter.get_total_flops(), rtol=0.02)
+
+
+@with_tiny_vfm
+def test_text_training_and_sampling():
+    """--text=toy: trains on unmirrored images alone, leaves combinations out, resumes exactly, writes its own
+    checkpoint; samples depend on seed, index and prompt alone; class models take no prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = changed(diffusion_folder(folder), text="toy", data="shapes", workers=0)
+        with mock.patch.object(diffusion.Latents, "read", autospec=True, side_effect=diffusion.Latents.read) as read:
+            train_diffusion(cfg)
+        calls = [call.args for call in read.call_args_list if call.args[0].rows.shape != (32,)]
+        assert calls and all((mirror == 0).all() for _, _, mirror in calls)
+        asked = torch.cat([index for _, index, _ in calls]).numpy()
+        shapes = Shapes("train")
+        assert shapes.in_text_training(asked).all() and not shapes.in_text_training(np.arange(64)).all()
+        whole = load(f"{cfg.out}/diffusion-text.pt")
+        parts = changed(cfg, out=f"{folder}/parts", tokenizer=f"{cfg.out}/tokenizer.pt", save_interval=0)
+        stop_in(lambda: diffusion.train(parts, WORLD), 2)
+        train_diffusion(parts)
+        again = load(f"{parts.out}/diffusion-text.pt")
+        for part in ("model", "ema", "optimizer"):
+            assert_same(whole[part], again[part])
+        torch.manual_seed(0)
+        for value in whole["ema"].values():  # away from the zeros at which captions say nothing
+            value.add_(0.1 * torch.randn(value.shape))
+        tokenizer.save_checkpoint(f"{cfg.out}/diffusion-text.pt", **whole)
+        prompts = [Shapes("val").caption(i) for i in range(3)]
+        flags = (f"--out={cfg.out}", "--num_steps=4", "--compile=0")
+        command(sample, *flags, f"--prompt={'|'.join(prompts)}")
+        many = sampled(cfg.out)
+        asked = json.loads(Path(cfg.out, "samples", "prompts.json").read_text())
+        assert len(many) == len(asked) == 12 and asked["000001.png"] == prompts[1]
+        Path(folder, "prompts.txt").write_text("\n".join(prompts))
+        shutil.rmtree(f"{cfg.out}/samples")
+        command(sample, *flags, f"--prompts={folder}/prompts.txt", "--n=5", "--batch_size=2")
+        assert sampled(cfg.out).items() <= many.items()
+        command(sample, *flags, f"--prompts={folder}/prompts.txt", "--n=5", f"--negative={prompts[0]}")
+        assert not sampled(cfg.out).items() <= many.items()
+        fails(lambda: command(sample, *flags, "--prompt=a red cow"), "words")
+        fails(lambda: command(sample, *flags, f"--prompts={folder}/none"), "no file")
+        train_diffusion(changed(cfg, text=""))
+        fails(lambda: command(sample, *flags, f"--ckpt={cfg.out}/diffusion.pt", "--prompt=a red star"), "classes")
+
+
 # --- several processes, command lines ---
 
 @with_diffusion_folder
@@ -4039,6 +4178,119 @@ def run():
         printed = harness(folder, code, "--save_interval=1", "--ch=8")
         counts = re.search(r"kills: 21 images: (\d+) left: (\d+) (\d+)", printed)
         assert int(counts[1]) > 21 * 16 and counts[3] == "0" and "same" in printed, printed[-500:]
+
+
+def test_bad_images():
+    """Truncated, empty, hostile and other files under an image's name end the run with their path; --skip_bad=1 takes
+    the next index's image and label, lists the path once, ends above 1%; of moving pictures the first frame is read."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "data"
+        for i in range(200):
+            path = root / f"{i // 100}" / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+        good = path.read_bytes()
+        bad = root / "0" / "099.png"
+        for content in good[:45], b"", b"not an image", b"GIF89a" + bytes(40), good.replace(b"IDAT", b"IDAx"):
+            bad.write_bytes(content)
+            fails(lambda: tokenizer.Images(str(root), "train", 8)[99], "cannot read image", "099.png")
+        with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 16):
+            fails(lambda: tokenizer.Images(str(root), "train", 8)[5], "cannot read image", "bomb")
+        flags = ("--data", root, "--image_size=8", f"--out={folder}/out", "--skip_bad=1")
+        cfg = parse(*map(str, flags))
+        data = tokenizer.open_data(cfg, "train", 8)
+        for _ in range(2):
+            pixels, label = data[99]
+            assert (pixels[0] == 100).all() and label == 1
+        assert Path(folder, "out", "bad_images.txt").read_text() == f"{bad}\n"
+        for i in 3, 4:
+            (root / "0" / f"{i:03d}.png").write_bytes(b"")
+        fails(lambda: [data[i] for i in range(200)], "more than 1%", "bad_images.txt")
+        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+        for suffix in "png", "webp", "gif", "tiff":
+            frames[0].save(f"{folder}/moving.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+            assert tokenizer.load_rgb(f"{folder}/moving.{suffix}").getpixel((0, 0)) == (255, 0, 0)
+        (root / "2").mkdir()
+        (root / ".hidden").mkdir()
+        fails(lambda: tokenizer.Images(str(root), "train", 8), "class folder", "2 has no images")
+
+
+@with_diffusion_folder
+def test_latent_cache_has_the_labels_of_what_was_read(folder, cfg):
+    """Where an image was skipped, the next one's latent and label stand together."""
+    paths = sorted(Path(folder, "data", "train", "0").glob("*.png"))
+    paths[-1].write_bytes(b"")
+    fails(lambda: train_diffusion(cfg), "cannot read image", paths[-1].name)
+    images = tokenizer.open_data(changed(cfg, skip_bad=True), "train", 32)
+    with mock.patch.object(tokenizer.Images, "note_bad"):
+        latents = diffusion.cache_latents(
+            Path(folder, "cache"), tokenizer.load_tokenizer(f"{folder}/out/tokenizer.pt"), images, WORLD)
+    i = len(paths) - 1
+    assert images.labels[i] == 0 and latents.labels[i] == latents.labels[i + 1] == 1
+    rows = latents.read(torch.tensor([i, i + 1]), torch.tensor([0, 0]))["latents"]
+    assert torch.equal(*rows)
+
+
+def test_full_disk_for_mapped_files():
+    """What is drawn or cached into mapped files is allocated first: one line, where writing would end in SIGBUS."""
+    with tempfile.TemporaryDirectory() as folder:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+            fails(lambda: quiet(Shapes, "val", 32, 100, folder), "cannot write", "too large")
+            wanted = dict(latents=dict(shape=[100, 4, 8, 8], dtype="bf16"))
+            fails(lambda: diffusion.open_cache(Path(folder, "cache"), wanted, np.zeros(50)), "cannot write")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list(Path(folder).glob("shapes*"))
+        assert not tokenizer.read_json(f"{folder}/cache/meta.json")["arrays"]
+
+
+def test_random_damage():
+    """Files with bytes changed, cut or doubled, and checkpoints with fields missing or of other types: they load, or
+    end in one line."""
+    draw = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = diffusion_folder(folder)
+        arch = diffusion.model_arch(cfg, 4, 4, 10, 0)
+        model, _, ema, optimizer = diffusion.build(cfg, WORLD, arch)
+        dit = dict(kind="diffusion", arch=arch, config={}, **diffusion.full_state(model, ema, optimizer))
+        tokenizer.save_checkpoint(f"{folder}/diffusion.pt", **dit)
+        write_safetensors(f"{folder}/weights.safetensors", dict(a=torch.ones(3), b=torch.ones(2, 2).bfloat16()))
+        np.savez(f"{folder}/images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+        pixels = Image.fromarray(draw.integers(256, size=(16, 16, 3), dtype=np.uint8))
+        readers = {
+            f"{folder}/out/tokenizer.pt": tokenizer.load_tokenizer, f"{folder}/diffusion.pt": diffusion.load_diffusion,
+            f"{folder}/weights.safetensors": tokenizer.load_weights,
+            f"{folder}/images.npz": lambda path: fid.open_images(str(path))[range(4)]}
+        for suffix in "png", "jpg", "gif", "webp", "tiff", "bmp":
+            pixels.save(f"{folder}/image.{suffix}")
+            readers[f"{folder}/image.{suffix}"] = tokenizer.load_rgb
+        refused = 0
+        for path, read in readers.items():
+            whole = np.frombuffer(Path(path).read_bytes(), np.uint8)
+            for k in range(16):
+                damaged = whole.copy()
+                at = draw.integers(len(whole) if k % 2 else min(len(whole), 400), size=4)  # everywhere, or in headers
+                damaged[at] = draw.integers(256, size=4)
+                damaged = damaged[:int(at[0])] if k % 4 == 2 else damaged
+                damaged = np.concatenate([damaged[:at[1]], damaged]) if k % 4 == 3 else damaged
+                Path(path).write_bytes(damaged.tobytes())
+                try:
+                    read(path)
+                except UserError as error:
+                    assert "\n" not in str(error) and "weights_only" not in str(error), error
+                    refused += 1
+            Path(path).write_bytes(whole.tobytes())
+        assert refused > 40
+        tok = torch.load(f"{folder}/out/tokenizer.pt", weights_only=True)
+        for entries, read in (dit, diffusion.load_diffusion), (tok, tokenizer.load_tokenizer):
+            wrong = [{k: v for k, v in entries.items() if k != name} for name in ("arch", "ema")]
+            wrong += [dict(entries, arch=value) for value in ("no", dict(entries["arch"], unknown=1), None)]
+            wrong += [dict(entries, ema=3), dict(entries, kind="other"), dict(entries, kind=None)]
+            for each in wrong:
+                tokenizer.save_checkpoint(f"{folder}/wrong.pt", **each)
+                fails(lambda: read(f"{folder}/wrong.pt"), "wrong.pt")
 
 
 def test_second_signal_ends_at_once():

@@ -1367,14 +1367,15 @@ def train(cfg, world):
     entries = load_checkpoint(path, "tokenizer") if cfg.resume and path.exists() else None
     seen = 0
     if entries:
-        keys = ("method", "recipe", "data", "batch_size", "seed", "kimg", "vfm", "disc_vfm", "ndf")
-        now = {**{key: getattr(cfg, key) for key in keys}, **tok.arch}
-        then = {**entries["config"], **entries["arch"]}
-        changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
-        if changed:
-            raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
-        load_state(tok, entries["model"], str(path))
-        seen = entries["images"]
+        with reading(path):
+            keys = ("method", "recipe", "data", "batch_size", "seed", "kimg", "vfm", "disc_vfm", "ndf")
+            now = {**{key: getattr(cfg, key) for key in keys}, **tok.arch}
+            then = {**entries["config"], **entries["arch"]}
+            changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
+            if changed:
+                raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
+            load_state(tok, entries["model"], str(path))
+            seen = entries["images"]
     world.agree(configuration=cfg, checkpoint=seen, data=data.identity())
     if seen < start or start >= stop:
         raise UserError(f"stage {cfg.stage} starts at image {start}; {path} has seen {seen}, or is not read")
@@ -1976,11 +1977,11 @@ def load_tokenizer(path, **overrides):
     What shapes do not show is as published, or overridden: num_heads (the VFM's), layers, scale_factor, resolution.
     `about`: what else our checkpoints say."""
     entries = load_weights(path)
-    if entries.get("kind", "tokenizer") != "tokenizer":
-        raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
-    state = entries.get("G_ema", entries.get("state_dict", entries))
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    try:
+    with reading(path):
+        if entries.get("kind", "tokenizer") != "tokenizer":
+            raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
+        state = entries.get("G_ema", entries.get("state_dict", entries))
+        state = {k.removeprefix("module."): v for k, v in state.items()}
         if "kind" in entries:
             arch = entries["arch"]
             state = {**entries["model"], **entries["ema"]}
@@ -1992,10 +1993,8 @@ def load_tokenizer(path, **overrides):
             raise UserError(f"{path} is no tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's")
         if "num_heads" in overrides and arch.get("vfm"):
             arch["vfm"]["num_heads"] = overrides.pop("num_heads")
-    except KeyError as error:
-        raise UserError(f"{path} is no whole tokenizer: it lacks {error}")
-    arch.update(overrides)
-    tok = load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
+        tok = Tokenizer(**{**arch, **overrides})
+    tok = load_state(tok, state, str(path)).requires_grad_(False).eval()
     tok.about = {key: entries[key] for key in ("config", "classes", "images", "stage", "pair") if key in entries}
     return tok
 
@@ -2067,6 +2066,20 @@ def load_weights(path_or_url):
         reason = f"it holds code ({code[1]}), which is never run" if code else f"{type(error).__name__}: {error}"
         reason = re.sub("Weights only load failed.*", "it is damaged, or holds more than weights", reason, flags=re.S)
         raise UserError(f"cannot read weights from {path}: {reason}".splitlines()[0])
+
+
+@contextlib.contextmanager
+def reading(path):
+    """What a damaged or foreign file makes fail: UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyError):
+            text = f"it lacks {error}"
+        raise UserError(f"{path} is damaged or of another kind: {' '.join(text.split())[:1000]}")
 
 
 def load_state(module, state, name, ignore=(), **keywords):
@@ -3073,7 +3086,7 @@ class Watch:
         """path: the training's checkpoint, entries: what it held."""
         self.world = world
         self.path = path
-        self.skipped = torch.tensor(float(entries["skipped"] if entries else 0), device=world.device)
+        self.skipped = torch.tensor(float(entries.get("skipped", 0) if entries else 0), device=world.device)
         self.row = torch.zeros((), device=world.device)  # skipped in a row
         self.row_on_host = torch.zeros((), pin_memory=world.device.type == "cuda")  # the newest that has arrived
         self.received = 0  # the signal to be passed on, by its place in SIGNALS, from 1
