@@ -1058,6 +1058,22 @@ def test_convnext_compiles_on_the_cpu():
     assert_compiled_alike(net, torch.randn(2, 16, 4, 4), torch.randn(2, 8))
 
 
+def test_fusion_and_attention_compile_on_the_cpu():
+    """VFM-VAE's latent fusion and its decoder's attention with inductor."""
+    assert_compiled_alike(tokenizer.LatentFusion(8, 8, 1, 2), torch.randn(2, 8, 4, 4))
+    net = tokenizer.DecoderAttention(16)
+    for layer in net.to_out, net.ff[3]:
+        nn.init.normal_(layer.weight, std=0.1)
+    assert_compiled_alike(net, torch.randn(2, 16, 4, 4))
+
+
+def test_adapters_compile_on_the_cpu():
+    """VFM-VAE's projections of levels and latents, AlignTok's adapter with inductor."""
+    assert_compiled_alike(tokenizer.AttnProjection(16, 8, 2), torch.randn(2, 16, 16))
+    net = tokenizer.PointwiseAdapter(16, 16, 4)
+    assert_compiled_alike(net.net, torch.randn(2, 16, 16))
+
+
 def test_ldm_block_compiles_on_the_cpu():
     """The residual block of AlignTok, VA-VAE and the plain VAE with inductor."""
     assert_compiled_alike(tokenizer.ResBlock(8, 16, 4), torch.randn(2, 8, 4, 4))

@@ -37,6 +37,7 @@ import heapq
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -2958,6 +2959,9 @@ def main(run):
             os._exit(1)  # leaving the group could wait for the others
         sys.exit(1)
     finally:
+        for worker in multiprocessing.active_children():  # a loader's: they leave SIGTERM to us
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would complain
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
