@@ -223,6 +223,15 @@ def test_imports_go_one_way():
         assert imported & below.keys() <= allowed, (name, imported & below.keys())
 
 
+def test_threads_are_set_before_torch():
+    """OpenMP reads its environment as torch is imported: every script sets it first."""
+    for module in SCRIPTS:
+        text = (HERE / f"{module.__name__}.py").read_text()
+        first = "GOMP_SPINCOUNT" if module is tokenizer else "from tokenizer import"
+        assert 0 < text.index(first) < text.index("\nimport torch\n"), module
+    assert os.environ["GOMP_SPINCOUNT"]
+
+
 def parse(*flags, config=tokenizer.Config, presets=tokenizer.PRESETS):
     with contextlib.redirect_stdout(io.StringIO()):
         return tokenizer.parse_config(config, presets, flags)
