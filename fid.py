@@ -246,11 +246,12 @@ class Classifier(nn.Module):
             *layer(96, 128, 3, 1))
         self.head = nn.Linear(128, sum(attribute_counts(self.attributes[:4])))
         self.layout = nn.Sequential(
-            *layer(96, 64, 3, 1), nn.Flatten(), nn.Linear(64 * 8 * 8, sum(attribute_counts(self.attributes[4:]))))
+            *layer(48, 64, 3, 1), *layer(64, 64, 3, 1), nn.Flatten(),
+            nn.Linear(64 * 8 * 8, sum(attribute_counts(self.attributes[4:]))))
 
     def logits(self, x):  # float [B, 3, 32, 32]
-        maps = self.body[:10](x)  # [B, 96, 8, 8]
-        features = self.body[10:](maps).mean((2, 3))
+        maps = self.body[:7](x)  # [B, 48, 8, 8]: at the last one's 4 x 4 edges are lost
+        features = self.body[7:](maps).mean((2, 3))
         return torch.cat([self.head(features), self.layout(maps.detach())], 1)
 
     def resize(self, images):
@@ -271,10 +272,10 @@ def load_classifier(cache="out", device="cpu"):
     """The toy's Classifier, frozen; trained once, kept in `cache`."""
     path = Path(cache) / "classifier.pt"
     recipe = dict(images=57_600, batch=64, lr=1e-2)
-    version = fingerprint(Shapes("train", 32).draw(np.arange(16)), *recipe.values(), *Classifier.attributes)
     with alone(path), torch.random.fork_rng([]), torch.enable_grad():  # the first process trains
         torch.default_generator.manual_seed(0)
         net = Classifier().to(device, memory_format=torch.channels_last)
+        version = fingerprint(Shapes("train", 32).draw(np.arange(16)), *recipe.values(), str(net))
         saved = load_checkpoint(path, "classifier") if path.exists() else {}
         if saved.get("version") != version:
             train_on_shapes(
