@@ -247,11 +247,12 @@ class Classifier(nn.Module):
             *layer(96, 128, 3, 1))
         self.head = nn.Linear(128, sum(attribute_counts(self.attributes[:4])))
         self.layout = nn.Sequential(
-            *layer(96, 64, 3, 1), nn.Flatten(), nn.Linear(64 * 8 * 8, sum(attribute_counts(self.attributes[4:]))))
+            *layer(48, 64, 3, 1), *layer(64, 64, 3, 1), nn.Flatten(),
+            nn.Linear(64 * 8 * 8, sum(attribute_counts(self.attributes[4:]))))
 
     def logits(self, x):  # float [B, 3, 32, 32]
-        maps = self.body[:10](x)  # [B, 96, 8, 8]
-        features = self.body[10:](maps).mean((2, 3))
+        maps = self.body[:7](x)  # [B, 48, 8, 8]: at the last one's 4 x 4 edges are lost
+        features = self.body[7:](maps).mean((2, 3))
         return torch.cat([self.head(features), self.layout(maps.detach())], 1)
 
     def resize(self, images):
@@ -272,10 +273,10 @@ def load_classifier(cache="out", device="cpu"):
     """The toy's Classifier, frozen; trained once, kept in `cache`."""
     path = Path(cache) / "classifier.pt"
     recipe = dict(images=57_600, batch=64, lr=1e-2)
-    version = fingerprint(Shapes("train", 32).draw(np.arange(16)), *recipe.values(), *Classifier.attributes)
     with alone(path), torch.random.fork_rng([]), torch.enable_grad():  # the first process trains
         torch.default_generator.manual_seed(0)
         net = Classifier().to(device, memory_format=torch.channels_last)
+        version = fingerprint(Shapes("train", 32).draw(np.arange(16)), *recipe.values(), str(net))
         saved = load_checkpoint(path, "classifier") if path.exists() else {}
         if saved.get("version") != version:
             train_on_shapes(
@@ -648,8 +649,8 @@ def toy_table(cfg, net, world):
     labels = [classes.get(path.name) for path in samples.paths] if classes else None
     if classes and None in labels:
         raise UserError(f"{'prompts' if prompts else 'labels'}.json lacks some of {cfg.samples}: run sample.py again")
-    captions = labels if prompts else []
     if prompts:
+        captions = labels
         labels = [read_caption(text)["shape"] for text in captions]
     rows = {}
 
@@ -679,7 +680,7 @@ def toy_table(cfg, net, world):
             latents = noise * saved["latent_std"].view(-1, 1, 1) + saved["latent_mean"].view(-1, 1, 1)
             judged = judge(latents, net, world, labels, real, transform=lambda _, z: to_uint8(tok.decode(z)))
             add("untrained", "untrained pipeline: decoded Gaussian latents", judged)
-    return rows, geneval(samples, captions, val, net, world) if captions and hasattr(net, "names") else None
+    return rows, geneval(samples, captions, val, net, world) if prompts and hasattr(net, "names") else None
 
 
 # --------------------------------------
@@ -693,24 +694,22 @@ PATTERN = "a {size} {hue} {shape} at the {place} on a {ground} background {textu
 
 
 def read_caption(text):
-    """Shapes.caption's inverse -> {attribute: place in its list of CAPTION}; as to ShapesText, case and commas are
-    nothing. UserError for other texts."""
+    """Shapes.caption's inverse -> {attribute: value}; case and commas do not matter. UserError for other texts."""
     found = re.fullmatch(PATTERN, " ".join(text.lower().replace(",", " ").split()))
     if not found:
-        raise UserError(f"not a caption as Shapes.caption writes them: '{text}'")
+        raise UserError(f"not a caption of shapes: '{text}'; give a REFERENCE")
     return {name: CAPTION[name].index(word) for name, word in zip(CAPTION, found.groups())}
 
 
 def score_captions(named, asked):
-    """Values named and asked for, [n, 6] each, columns as Classifier.attributes -> {measure: share of the images, or
-    None where there are no such}. Overall: the six shares' mean; all: of images with all six right; binding: hue and
-    ground right where they differ; swapped: exchanged there; seen, left_out: pairs of shape and hue in text training
-    or not."""
+    """Values named, asked for, [n, 6] as Classifier.attributes -> {measure: share, None of no images}: each; overall,
+    their mean; all six right; binding, hue and ground right where they differ, or swapped there; of pairs of shape and
+    hue seen in text training or left_out."""
     right = named == asked
     everything = right.all(1)
-    shape, hue, _, ground = asked.T[:4]
+    shape, hue, _, ground, *_ = asked.T
     differ = hue != ground
-    left_out = (shape + hue) % 10 == 0  # Shapes.in_text_training
+    left_out = (shape + hue) % 10 == 0  # as in Shapes.in_text_training
 
     def share(rows):
         return float(rows.mean()) if len(rows) else None
@@ -725,14 +724,12 @@ def score_captions(named, asked):
 
 
 def geneval(samples, captions, val, net, world):
-    """Samples, a caption each, and as many held-out images, the judge's ceiling -> dict: images; same_captions, whether
-    the two's are equal; samples, real, by `score_captions`."""
+    """`score_captions` of samples and of as many real, held-out images, the judge's ceiling (of the same_captions?)."""
     first = range(min(len(samples), len(val)))
     theirs = [val.data.caption(i) for i in first]
     result = dict(images=len(samples), same_captions=captions == theirs)
     for key, source, texts in (("samples", samples, captions), ("real", val[first], theirs)):
-        values = [read_caption(text) for text in texts]
-        asked = np.array([[value[name] for name in net.attributes] for value in values])
+        asked = np.array([[read_caption(text)[name] for name in Classifier.attributes] for text in texts])
         named = image_statistics(source, lambda x: (net.names(x).float(), None, None), world, title=key)["features"]
         result[key] = score_captions(named.cpu().numpy(), asked)
     return result
@@ -742,11 +739,14 @@ def geneval(samples, captions, val, net, world):
 # The command
 
 def show_geneval(result):
-    real = "of these captions" if result["same_captions"] else "of other captions"
-    print(f"\n{'right, of what captions ask for':46} {'samples':>9} {'real':>9} ({real})")
-    for measure, theirs in result["real"].items():
-        shares = ["-" if share is None else f"{share:.1%}" for share in (result["samples"][measure], theirs)]
-        print(f"{measure.replace('_', ', ', 1).replace('_', ' '):46} {shares[0]:>9} {shares[1]:>9}")
+    captions = "the same" if result["same_captions"] else "other"
+    print(f"\n{'right, of what captions ask for':46} {'samples':>9} {'real':>9} images of {captions} captions")
+    for measure in result["real"]:
+        line = f"{measure.replace('_', ' '):46}"
+        for key in ("samples", "real"):
+            share = result[key][measure]
+            line += f" {'-':>9}" if share is None else f" {share:9.1%}"
+        print(line)
 
 
 def show_rows(rows):

@@ -2983,7 +2983,7 @@ def test_vfm_features():
 
 
 def test_toy_classifier():
-    """At least 97% on held-out images, also at twice their size, and trained only once."""
+    """At least 97% on held-out images, also at twice their size, and 85% with all that captions say; trained once."""
     net = fid.load_features("toy", SHARED)
     val = tokenizer.Shapes("val", 32, cache=SHARED)
     images, labels = torch.from_numpy(np.array(val.images[:1000])), torch.from_numpy(val.labels[:1000])
@@ -2991,6 +2991,9 @@ def test_toy_classifier():
         features, spatial, logits = net(images)
         assert features.shape == (1000, 128) and spatial is None and logits.shape == (1000, 10)
         assert (logits.argmax(1) == labels).double().mean() >= 0.97
+        captions = [fid.read_caption(val.caption(i)) for i in range(1000)]
+        asked = torch.tensor([[caption[name] for name in net.attributes] for caption in captions])
+        assert (net.names(images) == asked).all(1).double().mean() >= 0.85
         larger = F.interpolate(images[:200].float(), scale_factor=2, mode="bicubic", antialias=True)
         larger = larger.round().clamp(0, 255).to(torch.uint8)
         assert (net(larger)[2].argmax(1) == labels[:200]).double().mean() > 0.9
@@ -3407,6 +3410,99 @@ def test_toy_table_refuses():
         fails(lambda: run_fid(f"--out={folder}", net=Means()), "run sample.py again")
         tokenizer.save_checkpoint(f"{folder}/diffusion.pt", kind="diffusion", config=dict(data="CIFAR10"))
         fails(lambda: run_fid(f"--out={folder}", net=Means()), "made from --data=CIFAR10", "REFERENCE")
+
+
+def test_captions_are_read_back():
+    """read_caption is Shapes.caption's inverse, also of lower case without commas; other texts are refused."""
+    val = Shapes("val", 32)
+    a = val.attributes(np.arange(1000))
+    a.update(place=2 * (a["x"] >= 0) + (a["y"] >= 0), size=a["scale"] > 0.675)
+    for i in range(1000):
+        wanted = {name: int(a[name][i]) for name in fid.Classifier.attributes}
+        assert fid.read_caption(val.caption(i)) == wanted, i
+    assert fid.read_caption(val.caption(999).lower().replace(",", "")) == wanted
+    good = "a large red star at the upper left on a blue background, stripes"
+    fid.read_caption(good)
+    for text in ("", "a red star", good + " plain", good.replace("star", "house"), good.replace("on", "at")):
+        fails(lambda: fid.read_caption(text), "not a caption of shapes", text)
+
+
+def test_geneval_counts():
+    """Shares of made-up values: each, all six, bound or swapped where hue and ground differ, by pairs left out."""
+    asked = np.array([[0, 1, 2, 3, 0, 1], [4, 6, 0, 2, 1, 0], [0, 0, 1, 5, 2, 1], [1, 2, 3, 2, 3, 0]])
+    named = asked.copy()
+    named[0, [1, 3]] = 3, 1  # exchanged
+    named[1, 0] = 5  # a pair left out, 4 + 6, of the wrong shape
+    named[3, [1, 4]] = 7, 0  # hue and ground are one
+    scores = fid.score_captions(named, asked)
+    wanted = dict(
+        shape=3 / 4, hue=2 / 4, texture=1, ground=3 / 4, place=3 / 4, size=1, overall=19 / 24, all=1 / 4,
+        binding=2 / 3, swapped=1 / 3, shape_seen=1, all_seen=0, shape_left_out=1 / 2, all_left_out=1 / 2)
+    assert scores == wanted
+    scores = fid.score_captions(named[3:], asked[3:])
+    assert [key for key, share in scores.items() if share is None] == [
+        "binding", "swapped", "shape_left_out", "all_left_out"]
+    val = Shapes("val", 32)
+    asked = np.array([[fid.read_caption(val.caption(i))[key] for key in fid.Classifier.attributes] for i in range(200)])
+    named = asked.copy()
+    named[~val.in_text_training(np.arange(200)), 0] += 1
+    scores = fid.score_captions(named, asked)
+    assert scores["shape_seen"] == 1 and scores["shape_left_out"] == 0
+
+
+def test_geneval_command():
+    """Samples with prompts.json are judged by their captions, beside as many held-out images by theirs."""
+    val = Shapes("val", 32, length=40)
+    images = val.draw(np.arange(40))
+    captions = [val.caption(i) for i in range(40)]
+    known = {}
+    for image, text in zip(images, captions):
+        known[image.tobytes()] = [fid.read_caption(text)[name] for name in fid.Classifier.attributes]
+
+    class Names(Means):
+        def names(self, images):
+            return torch.tensor([known.get(image.numpy().tobytes(), [0] * 6) for image in images])
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(Shapes.lengths, train=64, val=40):
+        write_images(f"{folder}/samples", images[:30].transpose(0, 2, 3, 1))
+        arguments = (f"--out={folder}", f"--cache={folder}", "--workers=0")
+
+        def judged(captions, net=Names()):
+            named = {f"{i:04d}.png": text for i, text in enumerate(captions)}
+            Path(folder, "samples", "prompts.json").write_text(json.dumps(named))
+            result, text = run_fid(*arguments, net=net)
+            return result.get("geneval"), result["rows"]["samples"], text
+
+        found, row, text = judged(captions[:30])
+        assert found["images"] == 30 and found["same_captions"] and found["samples"] == found["real"]
+        assert found["real"]["all"] == 1 and row["fd"] > 0
+        assert re.search(r"samples +real images of the same captions\nshape +100.0% +100.0%\n", text)
+        found, row, text = judged(captions[1:31])  # each image beside the next one's caption
+        values = np.array([*known.values()])
+        assert not found["same_captions"] and "images of other captions" in text
+        assert found["samples"] == fid.score_captions(values[:30], values[1:31]) and found["real"]["all"] == 1
+        assert row["agreement"] is not None
+        found, row, text = judged(captions[:30], Means())  # other features name nothing
+        assert found is None and "captions" not in text
+        fails(lambda: judged(captions[:20]), "prompts.json lacks some", "run sample.py again")
+        fails(lambda: judged(["a red star"] * 30), "not a caption of shapes", "REFERENCE")
+
+
+def test_layout_leaves_the_judge_alone():
+    """The Classifier's features and other heads come out the same to the bit, trained with place and size or not."""
+    states = []
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(Shapes.lengths, train=64):
+        for count in (4, 6):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                net = fid.Classifier()
+            before = net.layout[-1].weight.clone()
+            logits = net.logits if count == 6 else lambda x: net.head(net.body(x).mean((2, 3)))
+            quiet(tokenizer.train_on_shapes, "", net, lambda x: [logits(x)], net.attributes[:count], folder, "cpu",
+                  images=64, batch=16, lr=1e-2)
+            assert torch.equal(before, net.layout[-1].weight) == (count == 4)
+            states.append({key: value for key, value in net.state_dict().items() if "layout" not in key})
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 # -----------------------------------------------------------------------------
