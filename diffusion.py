@@ -48,7 +48,8 @@ from tqdm import tqdm
 from tokenizer import (
     MLP, Log, Positive, ShapesText, UserError, Watch, fingerprint, init_world, leave_signals, lerp_unless,
     load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
-    parse_config, read_json, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless, time_steps, to_float, write_json)
+    parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
+    time_steps, to_float, write_json)
 
 
 @dataclass
@@ -619,19 +620,18 @@ def load_diffusion(path, **overrides):
         about = {key: value for key, value in entries.items() if key not in ("model", "ema", "optimizer")}
     else:
         state = {}
-        for key, value in entries.get("ema", entries.get("model", entries)).items():
-            key = re.sub(r"^((module|model|_orig_mod)\.)+", "", key)
-            if torch.is_tensor(value) and not key.startswith("feat_rope."):  # tables
-                state[key] = value
-        try:
+        with reading(path, "LightningDiT, REPA or REG"):
+            for key, value in entries.get("ema", entries.get("model", entries)).items():
+                key = re.sub(r"^((module|model|_orig_mod)\.)+", "", key)
+                if torch.is_tensor(value) and not key.startswith("feat_rope."):  # tables
+                    state[key] = value
             arch = official_arch(state)
             state = turn_round(state) if arch["arch"] == "sit" else state
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{path} is no LightningDiT, REPA or REG: it lacks {error}")
         state.pop("pos_embed", None)
-    with torch.device("meta"):
+    with reading(path, "diffusion model"), torch.device("meta"):
         model = DiT(**{**arch, **overrides})
-    load_state(model, {key: value.float() for key, value in state.items()}, str(path), assign=True)
+        state = {key: value.float() for key, value in state.items()}
+    load_state(model, state, str(path), assign=True)
     model.about = about
     return model.eval()
 
@@ -666,8 +666,8 @@ def build(cfg, world, arch, saved=None):
     model = DiT(**arch).to(world.device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if saved:
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
+        load_state(model, saved["model"], saved.path)
+        load_state(ema, saved["ema"], saved.path)
     model.checkpointing = cfg.checkpointing
     cuda = world.device.type == "cuda"
     if cfg.compile:
@@ -684,7 +684,9 @@ def build(cfg, world, arch, saved=None):
         parallel = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=0, fused=True)
     if saved:
-        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
+        options = StateDictOptions(full_state_dict=True)
+        with reading(saved.path):
+            set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
     return model, parallel, ema, optimizer
 
 

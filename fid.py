@@ -15,7 +15,6 @@ import contextlib
 import math
 import sys
 import zipfile
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,8 @@ from tqdm import tqdm
 from tokenizer import (
     LPIPS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint, init_world,
     list_images, load_checkpoint, load_rgb, load_state, load_tokenizer, load_vfm, load_weights, main, open_data,
-    parse_config, psnr, read_json, replacing, save_checkpoint, shrink, ssim, to_float, to_uint8, train_on_shapes,
-    write_json)
+    parse_config, psnr, read_json, reading, replacing, save_checkpoint, shrink, ssim, to_float, to_uint8,
+    train_on_shapes, write_json)
 
 
 @dataclass
@@ -305,15 +304,6 @@ class Folder:
                 raise UserError(f"not of {self.size}: {self.paths[i]} {image.size}; --image_size=N crops them all")
             images.append(np.asarray(image))
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Damaged archives: UserError."""
-    try:
-        yield
-    except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: {error}")
 
 
 class Npz:

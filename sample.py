@@ -22,7 +22,8 @@ from tqdm import tqdm, trange
 from diffusion import Sampling, caption_states, generate, guided, load_diffusion, ode, sde
 from tokenizer import (
     Images, Positive, Shapes, ShapesText, UserError, fingerprint, init_world, load_text, load_tokenizer, load_weights,
-    main, make_loader, parse_config, read_json, replacing, save_grid, time_steps, to_float, to_uint8, write_json)
+    main, make_loader, parse_config, read_json, reading, replacing, save_grid, time_steps, to_float, to_uint8,
+    write_json)
 
 
 @dataclass
@@ -85,7 +86,8 @@ def load_pipeline(cfg, world):
         raise UserError("--cfg_interval takes two times, LOW,HIGH")
     if "latent_std" not in stats or "latent_mean" not in stats:
         raise UserError(f"{cfg.latent_stats or path} lacks the latents' mean and std: --latent_stats=FILE")
-    mean, std = (stats[key].float().flatten() for key in ("latent_mean", "latent_std"))
+    with reading(cfg.latent_stats or path):
+        mean, std = (stats[key].float().flatten() for key in ("latent_mean", "latent_std"))
     for key in ("in_channels", "input_size", "num_classes", "cls_dim", "text_tokens"):
         if guide and getattr(guide, key) != getattr(model, key):
             raise UserError(f"--guide={cfg.guide} has another {key} than {path}")

@@ -583,6 +583,55 @@ def test_damaged_weights_are_refused():
         fails(lambda: tokenizer.load_weights(url), url, "--vfm")
 
 
+def mutations(content, seed, n):
+    """n damaged copies of these bytes: some bytes changed, cut, or a piece copied elsewhere."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        damaged = bytearray(content)
+        a, b, c = sorted(int(k) for k in rng.integers(0, len(content), 3))
+        if i % 3 == 0:
+            for k in rng.integers(0, len(content), rng.integers(1, 20)):
+                damaged[k] = rng.integers(256)
+        elif i % 3 == 1:
+            damaged = damaged[:a]
+        else:
+            damaged[a:b] = damaged[b:c]
+        yield bytes(damaged)
+
+
+def survives(function):
+    """Asserts that a call succeeds or ends in a UserError of one line -> that line."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            function()
+        except UserError as error:
+            line = str(error)
+            assert "\n" not in line and "weights_only" not in line and len(line) < 1500, line
+            return line
+
+
+def test_random_damage_to_weight_files():
+    """Any damage to .safetensors, .pt and .npz bytes is one line, or does not matter."""
+    with tempfile.TemporaryDirectory() as folder:
+        state = {"a.weight": torch.randn(3, 5), "b": torch.arange(4), "c": torch.zeros(2).half()}
+        paths = [Path(folder, name) for name in ("x.safetensors", "x.pt", "old.pt", "images.npz", "adm.npz")]
+        write_safetensors(paths[0], {key: value for key, value in state.items() if key != "c"})
+        torch.save(dict(kind="vfm", model=state), paths[1])
+        torch.save(state, paths[2], _use_new_zipfile_serialization=False)
+        np.savez(paths[3], np.zeros((3, 8, 8, 3), np.uint8))
+        np.savez(paths[4], mu=np.zeros(4), sigma=np.eye(4), n=3)
+        readers = [tokenizer.load_weights] * 3 + [lambda path: fid.open_images(str(path))[range(3)],
+                                                  fid.read_statistics]
+        for path, reader in zip(paths, readers):
+            content = path.read_bytes()
+            lines = []
+            for damaged in mutations(content, 0, 200):
+                path.write_bytes(damaged)
+                lines.append(survives(lambda: reader(path)))
+            lines = [line for line in lines if line]
+            assert len(lines) > 50 and all(str(path) in line for line in lines), (path, len(lines), lines[:3])
+
+
 def test_vit_golden():
     """DINOv2's features at its own size, at a smaller and a larger one, where positions are resized."""
     g = golden("dinov2_tiny")
@@ -1598,6 +1647,57 @@ def test_load_diffusion_complains():
         fails(saved(path, dict(kind="tokenizer", model={})), "tokenizer checkpoint, not a diffusion model")
         fails(saved(path, [1, 2]), path)
         fails(lambda: diffusion.load_diffusion(f"{folder}/none.pt"), "none.pt")
+
+
+def spoiled(entries, seed, n):
+    """n copies of a nested dictionary, one entry each gone, of another type, of another shape, or one too many."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        top = inner = copy.copy(entries)
+        key = list(inner)[rng.integers(len(inner))]
+        while isinstance(inner[key], dict) and inner[key] and rng.random() < 0.8:
+            inner[key] = copy.copy(inner[key])
+            inner = inner[key]
+            key = list(inner)[rng.integers(len(inner))]
+        values = [None, 3, -1, "x", 0.5, [], {}, torch.zeros(()), torch.zeros(2, 3), {"x": torch.zeros(1)}]
+        if torch.is_tensor(inner[key]):
+            values += [inner[key][None], inner[key].flatten(), inner[key].transpose(0, -1), inner[key] > 0]
+        choice = rng.integers(len(values) + 2)
+        if choice < len(values):
+            inner[key] = values[choice]
+        elif choice == len(values):
+            del inner[key]
+        else:
+            inner["surplus"] = 1
+        yield top
+
+
+def test_spoiled_checkpoints():
+    """An entry that lacks or has another type or shape: one line that names the file, from every loader, ours and
+    official."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/x.pt"
+        tiny_tokenizer(f"{folder}/tokenizer.pt")
+        tok = tokenizer.load_weights(f"{folder}/tokenizer.pt")
+        dit = diffusion.DiT(**TINY_DIT)
+        dit = dict(
+            kind="diffusion", arch=TINY_DIT, model=dit.state_dict(), ema=dit.state_dict(), config={}, step=3,
+            classes=["a"], latent_mean=torch.zeros(4), latent_std=torch.ones(4), tokenizer="tokenizer.pt")
+        for entries, load in (
+                (tok, tokenizer.load_tokenizer), (dit, diffusion.load_diffusion),
+                (fill(golden("vfmvae_tiny")), tokenizer.load_tokenizer),
+                (fill(golden("vavae_tiny")), tokenizer.load_tokenizer),
+                (fill(golden("lightningdit_tiny")), functools.partial(diffusion.load_diffusion, num_heads=4)),
+                (fill(golden("reg_sit_tiny")), functools.partial(diffusion.load_diffusion, num_heads=4)),
+                (fill(golden("dinov2_tiny")), functools.partial(tokenizer.load_vfm, num_heads=4))):
+            failed = 0
+            for each in spoiled(dict(entries), 1, 80):
+                Path(path).unlink(missing_ok=True)  # a mapped file must not be cut
+                torch.save(each, path)
+                line = survives(lambda: load(path))
+                assert line is None or path in line, line
+                failed += line is not None
+            assert failed > 20, (load, failed)
 
 
 def test_official_arch():

@@ -420,12 +420,11 @@ def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
         if not config and not name.startswith("http") and not os.path.exists(name):
             raise UserError(f"no VFM {name}: neither file nor one of {', '.join([*TOY_VFMS, *VFMS])}")
         state = load_weights(url)
-        try:
+        with reading(name, "ViT"):
             state = to_vit_keys(state.get("teacher", state.get("model", state)))
             config = {**vit_config(state), **config}
-        except (KeyError, AttributeError, ValueError) as error:
-            raise UserError(f"{name} holds no known ViT: it lacks or misshapes {error}")
-    vit = vit_from({**config, **overrides})
+    with reading(name, "ViT"):
+        vit = vit_from({**config, **overrides})
     if state is not None:
         load_state(vit, state, name)
     return vit.requires_grad_(False).eval()
@@ -1031,14 +1030,15 @@ class Trainer:
 
     def load_state_dict(self, entries, same_stage=True):
         """After `start_stage`: all but the model."""
-        for name in ("anchor", "gan"):
-            part = getattr(self, name)
-            if part and entries[name]:
-                part.load_state_dict(entries[name], strict=False)
-        if same_stage:
-            load_moments(self.optimizer, entries["optimizer"])
-            if self.gan:
-                load_moments(self.gan_optimizer, entries["gan_optimizer"])
+        with reading(entries.path):
+            for name in ("anchor", "gan"):
+                part = getattr(self, name)
+                if part and entries[name]:
+                    part.load_state_dict(entries[name], strict=False)
+            if same_stage:
+                load_moments(self.optimizer, entries["optimizer"])
+                if self.gan:
+                    load_moments(self.gan_optimizer, entries["gan_optimizer"])
 
     def set_lr(self, progress):
         """`progress`: of the whole run, 0 to 1."""
@@ -1354,7 +1354,8 @@ def train(cfg, world):
         changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
         if changed:
             raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
-        load_state(tok, entries["model"], str(path))
+        for state in ({**entries["model"], **entries["ema"]}, entries["model"]):  # both fit
+            load_state(tok, state, str(path))
         seen = entries["images"]
     world.agree(configuration=cfg, checkpoint=seen, data=data.identity())
     if seen < start or start >= stop:
@@ -1368,9 +1369,10 @@ def train(cfg, world):
     flops = training_flops(cfg, tok) if world.device.type == "cuda" else {}
     trainer = Trainer(cfg, tok, world, vfm, length_scale)
     ema = {}
-    for name, p in tok.named_parameters():
-        if cfg.method == "aligntok" or not name.startswith("vfm."):  # VFM-VAE's never trains
-            ema[name] = entries["ema"][name].to(world.device) if entries else p.detach().clone()
+    with reading(path):
+        for name, p in tok.named_parameters():
+            if cfg.method == "aligntok" or not name.startswith("vfm."):  # VFM-VAE's never trains
+                ema[name] = entries["ema"][name].to(world.device) if entries else p.detach().clone()
     if world.rank == 0:
         millions = sum(p.numel() for p in tok.parameters()) / 1e6
         print(f"{cfg.method} on {len(data)} images of {cfg.data}, {cfg.image_size} px; {millions:.1f} M parameters; "
@@ -1959,9 +1961,9 @@ def load_tokenizer(path, **overrides):
     entries = load_weights(path)
     if entries.get("kind", "tokenizer") != "tokenizer":
         raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
-    state = entries.get("G_ema", entries.get("state_dict", entries))
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    try:
+    with reading(path, "tokenizer"):
+        state = entries.get("G_ema", entries.get("state_dict", entries))
+        state = {k.removeprefix("module."): v for k, v in state.items()}
         if "kind" in entries:
             arch = entries["arch"]
             state = {**entries["model"], **entries["ema"]}
@@ -1973,10 +1975,8 @@ def load_tokenizer(path, **overrides):
             raise UserError(f"{path} is no tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's")
         if "num_heads" in overrides and arch.get("vfm"):
             arch["vfm"]["num_heads"] = overrides.pop("num_heads")
-    except KeyError as error:
-        raise UserError(f"{path} is no whole tokenizer: it lacks {error}")
-    arch.update(overrides)
-    tok = load_state(Tokenizer(**arch), state, str(path)).requires_grad_(False).eval()
+        tok = Tokenizer(**{**arch, **overrides})
+    load_state(tok, state, str(path)).requires_grad_(False).eval()
     tok.about = {key: entries[key] for key in ("config", "classes", "images", "stage", "pair") if key in entries}
     return tok
 
@@ -2023,6 +2023,44 @@ def fetch(url):
     return path
 
 
+@contextlib.contextmanager
+def reading(path, what=""):
+    """Whatever fails on what a file holds (`what` it should be): UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}")
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            text = f"it holds code ({code[1]}), not only weights"
+        elif "weights_only" in text:  # advice to load it with code
+            text = "damaged, or not only weights"
+        elif isinstance(error, KeyError):
+            text = f"it lacks {text}"
+        elif not isinstance(error, OSError):
+            text = f"{type(error).__name__}: {text}"
+        raise UserError(f"{path} is no whole {what}: {text}" if what else f"cannot read {path}: {text}")
+
+
+class Entries(dict):
+    """A file's; those of our checkpoints have the right types."""
+    types = dict.fromkeys(("arch", "config", "ema", "model", "optimizer"), dict) | dict.fromkeys(
+        ("image_size", "images", "skipped", "stage", "step"), int) | dict.fromkeys(
+        ("latent_mean", "latent_std"), torch.Tensor) | dict(classes=list, kind=str, tokenizer=str)
+
+    def __init__(self, path, entries):
+        super().__init__(entries)
+        self.path = path
+        for key, kind in self.types.items():
+            if "kind" in self and not isinstance(self.get(key, kind()), kind):
+                raise UserError(f"{path}: its {key} is no {kind.__name__}")
+
+    def __missing__(self, key):
+        raise UserError(f"{self.path} lacks {key}")
+
+
 def load_weights(path_or_url):
     """The dictionary in a file (PyTorch's or .safetensors) or at a URL, on the CPU; never unpickles code."""
     path = str(path_or_url)
@@ -2030,24 +2068,28 @@ def load_weights(path_or_url):
         path = fetch(path)
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
-    try:
+    with reading(path):
         if path.endswith(".safetensors"):
-            return read_safetensors(path)
-        mapped = os.name == "posix" and zipfile.is_zipfile(path)  # eight processes do not hold eight copies
+            return Entries(path, read_safetensors(path))
+        mapped = zipfile.is_zipfile(path)
+        if mapped:  # PyTorch does not look at checksums
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    if name.endswith("data.pkl"):
+                        archive.read(name)
+        mapped = mapped and os.name == "posix"  # eight processes do not hold eight copies
         entries = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(entries, dict):
             raise ValueError("it holds no state dict")
-        return entries
-    except Exception as error:  # of damaged or hostile files
-        raise UserError(f"cannot read weights from {path}: {type(error).__name__}: {error}".splitlines()[0])
+        return Entries(path, entries)
 
 
 def load_state(module, state, name, ignore=(), **keywords):
     """`load_state_dict` whose complaint is one line; `ignore`: regexes of keys not needed."""
-    state = {k: v for k, v in state.items() if not any(re.match(pattern, k) for pattern in ignore)}
     try:
+        state = {k: v for k, v in state.items() if not any(re.match(pattern, k) for pattern in ignore)}
         module.load_state_dict(state, **keywords)
-    except RuntimeError as error:  # missing, unexpected, misshaped keys
+    except Exception as error:  # missing, unexpected, misshaped keys, no tensors
         raise UserError(f"{name}: the weights do not fit: {' '.join(str(error).split())[:1000]}")
     return module
 
