@@ -1671,6 +1671,7 @@ def test_load_diffusion_complains():
         fails(saved(path, reg), "t_embedder.mlp.0.weight", "lacks")
         fails(saved(path, dict(ema={"conv.weight": torch.zeros(1)})), path, "x_embedder.proj.weight")
         fails(saved(path, dict(kind="tokenizer", model={})), "tokenizer checkpoint, not a diffusion model")
+        fails(saved(path, dict(kind="diffusion", model={}, arch=TINY_DIT, ema={5: torch.zeros(1)})), path)
         fails(saved(path, [1, 2]), path)
         fails(lambda: diffusion.load_diffusion(f"{folder}/none.pt"), "none.pt")
 
