@@ -22,14 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from scipy.stats import rankdata
-from tqdm import tqdm
-
+# before torch, for whose threads tokenizer.py sets the environment
 from diffusion import PRESETS as DIFFUSION_PRESETS, Config as DiffusionConfig, train as train_diffusion
 from diffusion import (
     ImageNoise, Sampling, build, draw_times, flow_losses, full_state, generate, load_diffusion, update_ema, vfm_tokens)
@@ -38,9 +31,17 @@ from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, t
 from sample import tokenizer_beside
 from tokenizer import (
     Images, Log, Positive, Tokenizer, Trainer, UserError, Watch, alone, average_gradients, average_weights,
-    build_tokenizer, fingerprint, init_world, load_checkpoint, load_state, load_tokenizer, load_vfm, load_weights, main,
-    make_loader, open_data, parse_config, psnr, read_json, reading, replacing, save_checkpoint, seed_step, shrink,
-    stages_of, step_batches, step_unless, to_float, to_uint8, vfm_of, write_json, write_text)
+    build_tokenizer, fingerprint, init_world, load_checkpoint, load_tokenizer, load_vfm, load_weights, main,
+    make_loader, open_data, parse_config, psnr, read_json, replacing, save_checkpoint, seed_step, shrink, stages_of,
+    step_batches, step_unless, to_float, to_uint8, vfm_of, write_json, write_text)
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import rankdata
+from tqdm import tqdm
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Config:
     data: str = "data/imagenet"  # a folder, shapes, CIFAR10, ...
     data_dir: str = "data"  # of torchvision's data sets
     download: bool = False  # fetch them
+    skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: int = 0  # pixels; 0: the first tokenizer's
     workers: int = 8  # loader processes
     # measuring
@@ -195,8 +197,7 @@ def load_subjects(paths, world):
             config = tok.about.get("config", {})
             vfm = f"VFM of {owner}" if tok.vfm is not None else ""
             if config:
-                with reading(owner):
-                    vfm, _ = vfm_of(TokenizerConfig(**config))
+                vfm, _ = vfm_of(TokenizerConfig(**config))
             if tok.vfm is not None and config.get("method", "vfmvae") == "vfmvae":
                 vfms[vfm] = tok.vfm
             subjects[owner] = Subject(owner, tok, vfm)
@@ -346,9 +347,7 @@ class JointTrainer(Trainer):
         """entries: a diffusion checkpoint's, of joint training if `resumed`."""
         super().__init__(tok_cfg, tokenizer, world, vfm, length_scale=0.0)  # schedules are over
         self.joint_cfg = cfg
-        with reading(entries.path):
-            config = dict(entries["config"], seed=cfg.seed, compile=False, fsdp=False)
-            self.dit_cfg = dit_cfg = DiffusionConfig(**config)
+        self.dit_cfg = dit_cfg = DiffusionConfig(**dict(entries["config"], seed=cfg.seed, compile=False, fsdp=False))
         self.dit_arch = entries["arch"]
         self.dit_vfm = None
         if dit_cfg.align == "none" and cfg.side != "none":
@@ -362,14 +361,13 @@ class JointTrainer(Trainer):
         saved = entries if resumed else None
         self.dit, _, self.dit_ema, self.dit_optimizer = build(dit_cfg, single, self.dit_arch, saved)
         self.statistics = nn.BatchNorm2d(tokenizer.z_dim, affine=False).to(world.device)
-        with reading(entries.path):
-            if resumed:
-                self.statistics.load_state_dict(entries["statistics"])
-            else:
-                self.dit.load_state_dict(entries["model"], strict=False)  # not a new projection
-                self.dit_ema.load_state_dict(dict(self.dit.state_dict(), **entries["ema"]))
-                self.statistics.running_mean.copy_(entries["latent_mean"])
-                self.statistics.running_var.copy_(entries["latent_std"].square())
+        if resumed:
+            self.statistics.load_state_dict(entries["statistics"])
+        else:
+            self.dit.load_state_dict(entries["model"], strict=False)  # not a new projection
+            self.dit_ema.load_state_dict(dict(self.dit.state_dict(), **entries["ema"]))
+            self.statistics.running_mean.copy_(entries["latent_mean"])
+            self.statistics.running_var.copy_(entries["latent_std"].square())
         self.heads = [*self.dit.projectors.parameters()]
         self.body = [p for name, p in self.dit.named_parameters() if not name.startswith("projectors.")]
         if cfg.compile:  # a block each: some are walked back twice
@@ -451,10 +449,9 @@ def train_jointly(cfg, paths, world):
     # averaged weights: the diffusion model knows their latents
     saved = load_checkpoint(tokenizer_beside(source, entries), "tokenizer")
     ours = {key: getattr(cfg, key) for key in ("out", "cache", "seed", "batch_size", "accumulate", "compile")}
-    with reading(saved.path):
-        tok_cfg = TokenizerConfig(**{**saved["config"], **ours})
+    tok_cfg = TokenizerConfig(**{**saved["config"], **ours})
     tok, vfm = build_tokenizer(tok_cfg)
-    load_state(tok, saved["model"] if again else {**saved["model"], **saved["ema"]}, saved.path)
+    tok.load_state_dict(saved["model"] if again else {**saved["model"], **saved["ema"]})
     tok = tok.to(world.device, memory_format=world.layout)
     trainer = JointTrainer(tok_cfg, tok, world, vfm and vfm.to(world.device), cfg, entries, again)
     stage = [stage for stage in stages_of(tok_cfg) if "adapter" in stage.trains][-1]

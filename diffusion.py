@@ -33,6 +33,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+# before torch, for whose threads tokenizer.py sets the environment
+from tokenizer import (
+    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, init_world, leave_signals,
+    lerp_unless, load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader,
+    open_data, parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step, step_batches,
+    step_unless, time_steps, to_float, write_json)
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -44,12 +51,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-from tokenizer import (
-    MLP, Log, Positive, ShapesText, UserError, Watch, fingerprint, init_world, leave_signals, lerp_unless,
-    load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
-    parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
-    time_steps, to_float, write_json)
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Config:
     data: str = "data/imagenet"  # class folders (maybe in train/, val/), shapes, CIFAR10, ...
     data_dir: str = "data"  # of torchvision's data sets
     download: bool = False  # if need be
+    skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: int = 0  # pixels; 0: the tokenizer's
     latents: str = ""  # their cache; empty: OUT/latents
     cache_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -84,7 +86,7 @@ class Config:
     times: Literal["lognormal", "uniform"] = "lognormal"  # logit-normal(0, 1)
     uniform_from: int = 0  # uniform from this step (0: never); LightningDiT: 600000 of 700,000
     cosine_weight: float = 1.0  # of 1 - cosine(v, target)
-    class_dropout: float = 0.1  # share of labels made null
+    class_dropout: Share = 0.1  # share of labels made null
     align: Literal["none", "repa", "reg"] = "none"  # reg: REPA and a class token
     align_vfm: str = "dinov2_vitb14"  # that VFM
     encoder_depth: Positive = 8  # block, from 1, projected
@@ -96,11 +98,11 @@ class Config:
     batch_size: Positive = 1_024  # images a step, of all processes
     accumulate: Positive = 1  # micro-batches a step
     lr: float = 2e-4  # of AdamW, without weight decay
-    beta2: float = 0.95  # of its second moments
+    beta2: Decay = 0.95  # of its second moments
     warmup: int = 0  # steps of linear warm-up
-    cooldown: float = 0.0  # last share of the steps: linear fall to 0 (ours)
+    cooldown: Share = 0.0  # last share of the steps: linear fall to 0 (ours)
     clip: float = 1.0  # gradient norm
-    ema: float = 0.9999  # decay a step
+    ema: Decay = 0.9999  # decay a step
     # machine
     compile: bool = torch.cuda.is_available()  # the model
     checkpointing: bool = False  # recompute blocks backward
@@ -393,8 +395,14 @@ class DiT(nn.Module):
         products = 2 * len(self.blocks) * tokens ** 2 * self.pos_embed.shape[-1]  # attention
         for name, weight in self.named_parameters():
             if weight.ndim > 1 and not re.search(r"y_embedder|embedding|positions", name):
-                where = re.search(r"(t_embedder|adaLN|cls|pool)|(text)|(x_embedder|final|projectors)|", name)
-                products += weight.numel() * {1: 1, 2: self.text_tokens, 3: image, None: tokens}[where.lastindex]
+                count = tokens
+                if re.search(r"\bt_embedder|adaLN|cls|pool", name):
+                    count = 1
+                elif "text" in name:
+                    count = self.text_tokens
+                elif re.search("x_embedder|final|projectors", name):
+                    count = image
+                products += weight.numel() * count
         return 2 * products
 
 
@@ -450,7 +458,10 @@ def guided(
     if cfg_scale == 1 or not low <= t <= high:
         return evaluate(model, state, y)
     if guide is None:
-        other = model.null(len(y)) if negative is None else negative.expand_as(y)
+        if negative is not None:
+            other = negative.expand_as(y)
+        else:
+            other = torch.full_like(y, model.num_classes) if y.ndim == 1 else model.null(len(y))
         both = evaluate(model, [torch.cat((s, s)) for s in state], torch.cat((y, other.to(y.dtype))))
         own, other = zip(*(v.chunk(2) for v in both))
     else:
@@ -549,7 +560,7 @@ class Sampling:
 @torch.no_grad()
 def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, rows=16, negative=None):
     """Images [B, 3, H, W] in [-1, 1] of classes y [B] or captions, by the latents' mean, std [C]. Image i is a function
-    of (cfg.seed, indices[i], y[i]), not of its batch: `rows` at least are computed, as BLAS rounds otherwise for few."""
+    of (cfg.seed, indices[i], y[i]), not its batch: `rows` at least are computed, as BLAS rounds otherwise for few."""
     device = world.device
     some = np.arange(max(rows, len(y))) % len(y)
     noise = ImageNoise(cfg.seed, np.asarray(indices)[some])
@@ -612,24 +623,26 @@ def load_diffusion(path, **overrides):
     classes, step, config)."""
     entries = load_weights(path)
     about = {}
-    if entries.get("kind", "diffusion") != "diffusion":
-        raise UserError(f"{path} is a {entries['kind']} checkpoint, not a diffusion model")
-    if "kind" in entries:
-        state = entries["ema"]
-        arch = entries["arch"]
-        about = {key: value for key, value in entries.items() if key not in ("model", "ema", "optimizer")}
-    else:
-        state = {}
-        with reading(path, "LightningDiT, REPA or REG"):
+    with reading(path):
+        if entries.get("kind", "diffusion") != "diffusion":
+            raise UserError(f"{path} is a {entries['kind']} checkpoint, not a diffusion model")
+        if "kind" in entries:
+            state = entries["ema"]
+            arch = entries["arch"]
+            about = {key: value for key, value in entries.items() if key not in ("model", "ema", "optimizer")}
+        else:
+            state = {}
             for key, value in entries.get("ema", entries.get("model", entries)).items():
                 key = re.sub(r"^((module|model|_orig_mod)\.)+", "", key)
                 if torch.is_tensor(value) and not key.startswith("feat_rope."):  # tables
                     state[key] = value
+            if "x_embedder.proj.weight" not in state:
+                raise UserError(f"{path} is no LightningDiT, REPA or REG: it lacks x_embedder.proj.weight")
             arch = official_arch(state)
             state = turn_round(state) if arch["arch"] == "sit" else state
-        state.pop("pos_embed", None)
-    with reading(path, "diffusion model"), torch.device("meta"):
-        model = DiT(**{**arch, **overrides})
+            state.pop("pos_embed", None)
+        with torch.device("meta"):
+            model = DiT(**{**arch, **overrides})
         state = {key: value.float() for key, value in state.items()}
     load_state(model, state, str(path), assign=True)
     model.about = about
@@ -654,7 +667,8 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim, text=None):
         vocabulary = len(text.words) + 1 if isinstance(text, ShapesText) else 0
         arch.update(
             num_classes=0, qk_norm=True, text_tokens=text.length, vocabulary=vocabulary,
-            text_dim=arch["hidden_size"] if vocabulary else text.dim, text_pooled=not vocabulary and text.pooled_dim > 0)
+            text_dim=arch["hidden_size"] if vocabulary else text.dim,
+            text_pooled=not vocabulary and text.pooled_dim > 0)
     with torch.device("meta"):
         DiT(**arch)  # complains before hours of encoding
     return arch
@@ -666,8 +680,8 @@ def build(cfg, world, arch, saved=None):
     model = DiT(**arch).to(world.device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if saved:
-        load_state(model, saved["model"], saved.path)
-        load_state(ema, saved["ema"], saved.path)
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
     model.checkpointing = cfg.checkpointing
     cuda = world.device.type == "cuda"
     if cfg.compile:
@@ -684,9 +698,7 @@ def build(cfg, world, arch, saved=None):
         parallel = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=0, fused=True)
     if saved:
-        options = StateDictOptions(full_state_dict=True)
-        with reading(saved.path):
-            set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
     return model, parallel, ema, optimizer
 
 
@@ -754,7 +766,8 @@ def caption_states(text, ids):
 
 
 def normalise_rows(rows, mean, std, text=None):
-    """Cache rows -> dict(latents, labels: the DiT's y, tokens or None), float32, on the device of mean, std [C, 1, 1]."""
+    """Cache rows -> dict(latents, labels: the DiT's y, tokens or None), float32, on mean's device; mean, std [C, 1, 1].
+    """
     rows = {name: value.to(mean.device, non_blocking=True) for name, value in rows.items()}
     tokens = rows["features"].float() if "features" in rows else None  # [B, (1 +) N, D]
     labels = caption_states(text, rows["labels"]) if text else rows["labels"]
@@ -827,13 +840,14 @@ def train(cfg, world):
     start = 0
     saved = load_checkpoint(path, "diffusion") if cfg.resume and path.exists() else None
     if saved:
-        start = saved["step"]
-        now = dict(
-            arch, latents=origin, seed=cfg.seed, batch_size=cfg.batch_size, align_vfm=cfg.align_vfm, text=cfg.text)
-        then = {**saved["config"], **saved["arch"], "latents": saved["latents"]}
-        changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
-        if changed:
-            raise UserError(f"{path} is another run's ({'; '.join(changed)}): --resume=0 or another --out")
+        with reading(path):
+            start = saved["step"]
+            now = dict(
+                arch, latents=origin, seed=cfg.seed, batch_size=cfg.batch_size, align_vfm=cfg.align_vfm, text=cfg.text)
+            then = {**saved["config"], **saved["arch"], "latents": saved["latents"]}
+            changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
+            if changed:
+                raise UserError(f"{path} is another run's ({'; '.join(changed)}): --resume=0 or another --out")
     world.agree(configuration=cfg, data=images.identity(), checkpoint=start)
     model, parallel, ema, optimizer = build(cfg, world, arch, saved)
     if text and not saved:
@@ -981,7 +995,7 @@ class Latents(Dataset):
 
 def caption_ids(folder, text, images, indices, world):
     """Ids [n, L] of the captions of `images` at `indices`, kept in the folder."""
-    version = fingerprint(text.name, *images.identity(), torch.as_tensor(indices))[:8]
+    version = fingerprint(text.name, text.length, *images.identity(), torch.as_tensor(indices))[:8]
     path = Path(folder) / f"ids-{version}.npy"
     if world.rank == 0 and not path.exists():
         ids = text.ids([images.caption(i) for i in indices]).numpy()
@@ -1021,12 +1035,13 @@ def cache_latents(
         return Latents(folder, names)
 
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}
+    labels = np.load(folder / "labels.npy", mmap_mode="r+")
     done = np.load(folder / "done.npy", mmap_mode="r+")
     mine = np.array_split(np.flatnonzero(done == 0), world.size)[world.rank]
     world.barrier()  # all have read
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     loader = make_loader(images, [indices[part].tolist() for part in parts], world, workers)
-    for (pixels, _), part in zip(tqdm(loader, f"latents {folder.name}", disable=world.rank > 0), parts):
+    for (pixels, read), part in zip(tqdm(loader, f"latents {folder.name}", disable=world.rank > 0), parts):
         x = to_float(pixels.to(world.device))
         x = torch.cat((x, x.flip(-1)))  # [2 b, 3, S, S]
         with torch.inference_mode():
@@ -1038,6 +1053,8 @@ def cache_latents(
             rows = torch.from_numpy(array).view(DTYPES[dtype][0])
             rows[2 * part], rows[2 * part + 1] = values[name].to("cpu", rows.dtype).chunk(2)
             array.flush()
+        labels[part] = read  # of the images that were read: see Images
+        labels.flush()
         done[part] = 1
         done.flush()
     world.barrier()
@@ -1052,7 +1069,9 @@ def describe_images(images, indices):
     """Files' names and sizes, labels, 16 images."""
     files = len(images)
     if isinstance(images.source, np.ndarray):  # paths
-        files = [(Path(os.fsdecode(path)).parts[-2:], os.stat(path).st_size) for path in images.source]
+        files = []
+        for path in images.source:
+            files.append((Path(os.fsdecode(path)).parts[-2:], os.path.exists(path) and os.stat(path).st_size))
     pixels = [images[i][0] for i in indices[::-(-len(indices) // 16)]]
     return [files, images.classes, torch.as_tensor(images.labels), torch.as_tensor(indices), *pixels]
 
@@ -1078,7 +1097,7 @@ def open_cache(folder, wanted, labels):
     np.save(folder / "done.npy", np.zeros(len(labels), np.uint8))
     np.save(folder / "labels.npy", labels)
     for name, spec in wanted.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", DTYPES[spec["dtype"]][1], tuple(spec["shape"]))
+        allocate(folder / f"{name}.npy", DTYPES[spec["dtype"]][1], spec["shape"])
     write_json(folder / "meta.json", dict(arrays=wanted, complete=False))
 
 

@@ -13,11 +13,19 @@ github.com/openai/guided-diffusion.
 """
 import contextlib
 import math
+import re
 import sys
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+# before torch, for whose threads tokenizer.py sets the environment
+from tokenizer import (
+    LPIPS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint, init_world,
+    list_images, load_checkpoint, load_rgb, load_state, load_tokenizer, load_vfm, load_weights, main, open_data,
+    parse_config, psnr, read_json, reading, replacing, save_checkpoint, shrink, ssim, to_float, to_uint8,
+    train_on_shapes, write_json)
 
 import numpy as np
 import torch
@@ -28,12 +36,6 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.data import DataLoader
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
 from tqdm import tqdm
-
-from tokenizer import (
-    LPIPS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint, init_world,
-    list_images, load_checkpoint, load_rgb, load_state, load_tokenizer, load_vfm, load_weights, main, open_data,
-    parse_config, psnr, read_json, reading, replacing, save_checkpoint, shrink, ssim, to_float, to_uint8,
-    train_on_shapes, write_json)
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Config:
     data: str = ""  # ... of this data set; empty: its own
     data_dir: str = "data"  # ... torchvision's folder
     download: bool = False  # ... them, if need be
+    skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     images: Positive = 50_000  # ... at most so many
     image_size: int = 0  # crop as ADM does; 0: the images' or tokenizer's
     batch_size: Positive = 256  # of each process
@@ -229,9 +232,9 @@ class VFMFeatures(nn.Module):
 
 class Classifier(nn.Module):
     """The toy's judge names a drawing's shape, hue, texture and ground, so that the Frechet distance of its features
-    sees them all."""
+    sees them all; place and size off an earlier map, which does not learn from them."""
     name = "toy"
-    attributes = ("shape", "hue", "texture", "ground")
+    attributes = ("shape", "hue", "texture", "ground", "place", "size")
 
     def __init__(self):
         super().__init__()
@@ -242,29 +245,42 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(
             *layer(3, 24, 4, 2), *layer(24, 48, 3, 1), nn.MaxPool2d(2), *layer(48, 96, 3, 1), nn.MaxPool2d(2),
             *layer(96, 128, 3, 1))
-        self.head = nn.Linear(128, sum(attribute_counts(self.attributes)))
+        self.head = nn.Linear(128, sum(attribute_counts(self.attributes[:4])))
+        self.layout = nn.Sequential(
+            *layer(96, 64, 3, 1), nn.Flatten(), nn.Linear(64 * 8 * 8, sum(attribute_counts(self.attributes[4:]))))
 
-    def features(self, x):  # float [B, 3, 32, 32]
-        return self.body(x).mean((2, 3))  # [B, 128]
+    def logits(self, x):  # float [B, 3, 32, 32]
+        maps = self.body[:10](x)  # [B, 96, 8, 8]
+        features = self.body[10:](maps).mean((2, 3))
+        return torch.cat([self.head(features), self.layout(maps.detach())], 1)
+
+    def resize(self, images):
+        return F.interpolate(to_float(images), (32, 32), mode="bilinear", antialias=True)
 
     def forward(self, images):
-        features = self.features(F.interpolate(to_float(images), (32, 32), mode="bilinear", antialias=True))
+        features = self.body(self.resize(images)).mean((2, 3))  # [B, 128]
         return features, None, self.head(features)[:, :len(Shapes.classes)]
+
+    def names(self, images):
+        """uint8 [B, 3, H, W] -> the values of `attributes` [B, 6], place and size as `CAPTION` has them."""
+        parts = self.logits(self.resize(images)).split(attribute_counts(self.attributes), 1)
+        *values, place, size = (part.argmax(1) for part in parts)
+        return torch.stack([*values, place // 8 * 2 + place % 4 // 2, size // 2], 1)  # of 16 and 4
 
 
 def load_classifier(cache="out", device="cpu"):
     """The toy's Classifier, frozen; trained once, kept in `cache`."""
     path = Path(cache) / "classifier.pt"
     recipe = dict(images=57_600, batch=64, lr=1e-2)
-    version = fingerprint(Shapes("train", 32).draw(np.arange(16)), *recipe.values())
+    version = fingerprint(Shapes("train", 32).draw(np.arange(16)), *recipe.values(), *Classifier.attributes)
     with alone(path), torch.random.fork_rng([]), torch.enable_grad():  # the first process trains
         torch.default_generator.manual_seed(0)
         net = Classifier().to(device, memory_format=torch.channels_last)
         saved = load_checkpoint(path, "classifier") if path.exists() else {}
         if saved.get("version") != version:
             train_on_shapes(
-                "training the toy's classifier (once)", net, lambda x: [net.head(net.features(x))], net.attributes,
-                cache, device, **recipe)
+                "training the toy's classifier (once)", net, lambda x: [net.logits(x)], net.attributes, cache, device,
+                **recipe)
             saved = dict(kind="classifier", version=version, model=net.state_dict())
             save_checkpoint(path, **saved)
     return load_state(net, saved["model"], str(path)).requires_grad_(False).eval()
@@ -617,8 +633,9 @@ def judge_sets(cfg, metrics, net, world):
 
 
 def toy_table(cfg, net, world):
-    """-> {row: dict(label, images, fd, agreement[, psnr])}. A distance says little by itself: beside it stand those of
-    training images (the floor), reconstructions, an untrained pipeline (its DiT returns the noise)."""
+    """-> {row: dict(label, images, fd, agreement[, psnr])}, `geneval` or None. A distance says little by itself: beside
+    it stand those of training images (the floor), reconstructions, an untrained pipeline (its DiT returns the noise).
+    """
     samples = open_images(cfg.samples)
     size = samples[range(1)].shape[-1]
     path = Path(cfg.out, "diffusion.pt")
@@ -626,10 +643,14 @@ def toy_table(cfg, net, world):
     data = saved.get("config", {}).get("data", "shapes")
     if data != "shapes":
         raise UserError(f"samples made from --data={data}: give a REFERENCE")
-    classes = read_json(Path(cfg.samples, "labels.json"))
+    prompts = read_json(Path(cfg.samples, "prompts.json"))
+    classes = prompts or read_json(Path(cfg.samples, "labels.json"))
     labels = [classes.get(path.name) for path in samples.paths] if classes else None
     if classes and None in labels:
-        raise UserError(f"labels.json lacks some of {cfg.samples}: run sample.py again")
+        raise UserError(f"{'prompts' if prompts else 'labels'}.json lacks some of {cfg.samples}: run sample.py again")
+    captions = labels if prompts else []
+    if prompts:
+        labels = [read_caption(text)["shape"] for text in captions]
     rows = {}
 
     def add(key, label, judged):
@@ -658,11 +679,75 @@ def toy_table(cfg, net, world):
             latents = noise * saved["latent_std"].view(-1, 1, 1) + saved["latent_mean"].view(-1, 1, 1)
             judged = judge(latents, net, world, labels, real, transform=lambda _, z: to_uint8(tok.decode(z)))
             add("untrained", "untrained pipeline: decoded Gaussian latents", judged)
-    return rows
+    return rows, geneval(samples, captions, val, net, world) if captions and hasattr(net, "names") else None
+
+
+# --------------------------------------
+# The toy's GenEval (after arXiv 2310.11513): what the classifier names, beside what captions ask for
+
+CAPTION = dict(  # words of Shapes.caption by value, in order
+    size=["small", "large"], hue=Shapes.hues, shape=[*map(str.lower, Shapes.classes)],
+    place=["upper left", "lower left", "upper right", "lower right"], ground=Shapes.hues, texture=Shapes.textures)
+PATTERN = "a {size} {hue} {shape} at the {place} on a {ground} background {texture}".format(
+    **{name: f"({'|'.join(words)})" for name, words in CAPTION.items()})
+
+
+def read_caption(text):
+    """Shapes.caption's inverse -> {attribute: place in its list of CAPTION}; as to ShapesText, case and commas are
+    nothing. UserError for other texts."""
+    found = re.fullmatch(PATTERN, " ".join(text.lower().replace(",", " ").split()))
+    if not found:
+        raise UserError(f"not a caption as Shapes.caption writes them: '{text}'")
+    return {name: CAPTION[name].index(word) for name, word in zip(CAPTION, found.groups())}
+
+
+def score_captions(named, asked):
+    """Values named and asked for, [n, 6] each, columns as Classifier.attributes -> {measure: share of the images, or
+    None where there are no such}. Overall: the six shares' mean; all: of images with all six right; binding: hue and
+    ground right where they differ; swapped: exchanged there; seen, left_out: pairs of shape and hue in text training
+    or not."""
+    right = named == asked
+    everything = right.all(1)
+    shape, hue, _, ground = asked.T[:4]
+    differ = hue != ground
+    left_out = (shape + hue) % 10 == 0  # Shapes.in_text_training
+
+    def share(rows):
+        return float(rows.mean()) if len(rows) else None
+
+    scores = {name: share(right[:, k]) for k, name in enumerate(Classifier.attributes)}
+    scores.update(
+        overall=share(right), all=share(everything), binding=share((right[:, 1] & right[:, 3])[differ]),
+        swapped=share(((named[:, 1] == ground) & (named[:, 3] == hue))[differ]))
+    for key, rows in (("seen", ~left_out), ("left_out", left_out)):
+        scores.update({f"shape_{key}": share(right[rows, 0]), f"all_{key}": share(everything[rows])})
+    return scores
+
+
+def geneval(samples, captions, val, net, world):
+    """Samples, a caption each, and as many held-out images, the judge's ceiling -> dict: images; same_captions, whether
+    the two's are equal; samples, real, by `score_captions`."""
+    first = range(min(len(samples), len(val)))
+    theirs = [val.data.caption(i) for i in first]
+    result = dict(images=len(samples), same_captions=captions == theirs)
+    for key, source, texts in (("samples", samples, captions), ("real", val[first], theirs)):
+        values = [read_caption(text) for text in texts]
+        asked = np.array([[value[name] for name in net.attributes] for value in values])
+        named = image_statistics(source, lambda x: (net.names(x).float(), None, None), world, title=key)["features"]
+        result[key] = score_captions(named.cpu().numpy(), asked)
+    return result
 
 
 # --------------------------------------
 # The command
+
+def show_geneval(result):
+    real = "of these captions" if result["same_captions"] else "of other captions"
+    print(f"\n{'right, of what captions ask for':46} {'samples':>9} {'real':>9} ({real})")
+    for measure, theirs in result["real"].items():
+        shares = ["-" if share is None else f"{share:.1%}" for share in (result["samples"][measure], theirs)]
+        print(f"{measure.replace('_', ', ', 1).replace('_', ' '):46} {shares[0]:>9} {shares[1]:>9}")
+
 
 def show_rows(rows):
     print(f"{'':46} {'images':>7} {'FD':>9} {'agreement':>9} {'PSNR':>9}")
@@ -708,8 +793,10 @@ def run():
         if cfg.reference:
             result = judge_sets(cfg, metrics, net, world)
         else:
-            rows = toy_table(cfg, net, world)
+            rows, told = toy_table(cfg, net, world)
             result = dict(samples=cfg.samples, reference="held-out shapes", images={}, features=net.name, rows=rows)
+            if told:
+                result["geneval"] = told
     if world.rank > 0:
         return
     if "features" in result:
@@ -717,6 +804,8 @@ def run():
         print(f"features: {result['features']}{other}")
     if "rows" in result:
         show_rows(result["rows"])
+        if told:
+            show_geneval(told)
     else:
         show_metrics(result, metrics)
     write_json(f"{cfg.out}/{'eval' if cfg.tokenizer else 'fid'}.json", result)

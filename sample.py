@@ -4,7 +4,7 @@ Images from a diffusion checkpoint (solvers: diffusion.py), reconstructions of a
     python sample.py  # toy: out/diffusion.pt -> out/samples/, .png, .npz
     torchrun --nproc_per_node=8 sample.py --preset=imagenet  # 50,000 for FID
     python sample.py --ckpt=lightningdit-xl.pt --tokenizer=vfmvae.pth --latent_stats=latents_stats.pt
-    python sample.py --prompt="a large red star at the upper left on a blue background, stripes"  # of diffusion.py --text
+    python sample.py --prompt="a large red star at the upper left on a blue background, stripes|a ..."
     python sample.py --reconstruct=FOLDER  # through the tokenizer
     python sample.py --bench=20  # time guided evaluations
 """
@@ -14,16 +14,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+# before torch, for whose threads tokenizer.py sets the environment
+from diffusion import Sampling, caption_states, generate, guided, load_diffusion, ode, sde
+from tokenizer import (
+    Images, Positive, Shapes, ShapesText, UserError, fingerprint, init_world, load_text, load_tokenizer, load_weights,
+    main, make_loader, parse_config, read_json, replacing, save_grid, time_steps, to_float, to_uint8, write_json)
+
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm, trange
-
-from diffusion import Sampling, caption_states, generate, guided, load_diffusion, ode, sde
-from tokenizer import (
-    Images, Positive, Shapes, ShapesText, UserError, fingerprint, init_world, load_text, load_tokenizer, load_weights,
-    main, make_loader, parse_config, read_json, reading, replacing, save_grid, time_steps, to_float, to_uint8,
-    write_json)
 
 
 @dataclass
@@ -86,8 +86,7 @@ def load_pipeline(cfg, world):
         raise UserError("--cfg_interval takes two times, LOW,HIGH")
     if "latent_std" not in stats or "latent_mean" not in stats:
         raise UserError(f"{cfg.latent_stats or path} lacks the latents' mean and std: --latent_stats=FILE")
-    with reading(cfg.latent_stats or path):
-        mean, std = (stats[key].float().flatten() for key in ("latent_mean", "latent_std"))
+    mean, std = (stats[key].float().flatten() for key in ("latent_mean", "latent_std"))
     for key in ("in_channels", "input_size", "num_classes", "cls_dim", "text_tokens"):
         if guide and getattr(guide, key) != getattr(model, key):
             raise UserError(f"--guide={cfg.guide} has another {key} than {path}")

@@ -33,9 +33,11 @@ import difflib
 import errno
 import functools
 import hashlib
+import heapq
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -44,6 +46,8 @@ import sys
 import textwrap
 import time
 import typing
+import unicodedata
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -51,6 +55,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+# Waiting OpenMP threads sleep after so many turns: two runs side by side do not stop each other (ours, measured)
+os.environ.setdefault("GOMP_SPINCOUNT", "300")
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -76,6 +83,7 @@ class Config:
     data: str = "data/imagenet"  # folder (flat or of classes), shapes, CIFAR10
     data_dir: str = "data"  # torchvision's data sets
     download: bool = False  # fetch them
+    skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: Positive = 256  # side of images
     crop: bool = True  # augment: a square of 0.5 to 1 of the short side
     flip: bool = True  # augment: mirror half of them
@@ -105,7 +113,7 @@ class Config:
     kimg: float = 0.0  # thousands of images, all stages; 0: as in STAGES
     batch_size: Positive = 512  # images a step
     accumulate: Positive = 1  # micro-batches a step
-    cooldown: float = 0.0  # last share of the run: learning rates fall linearly to 0 (ours)
+    cooldown: Share = 0.0  # last share of the run: learning rates fall linearly to 0 (ours)
     ema_kimg: float = 160.0  # half-life of the weights' average; at most 5% of the images seen
     perceptual: str = "lpips"  # or the VFM to use its formula on
     lpips_weights: str = ""  # files of VGG16, LPIPS, comma-separated; empty: public
@@ -228,21 +236,22 @@ STAGES = dict(paper=PAPER, toy=TOY, study=STUDY)
 # The vision foundation model
 
 class ViTAttention(nn.Module):
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, causal=False):
         super().__init__()
         self.num_heads = num_heads
+        self.causal = causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):  # [B, N, D]
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, d]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, heads, N, d]
         return self.proj(x.transpose(1, 2).flatten(2))  # [B, N, D]
 
 
 class MLP(nn.Module):
-    """activation: gelu, gelu_tanh, swiglu (DINOv2-g): SiLU of one half times the other."""
+    """activation: gelu, gelu_tanh, gelu_quick (CLIP), swiglu (DINOv2-g): SiLU of one half times the other."""
 
     def __init__(self, dim, hidden, activation="gelu"):
         super().__init__()
@@ -255,6 +264,8 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             gate, x = x.chunk(2, -1)
             return self.fc2(F.silu(gate) * x)
+        if self.activation == "gelu_quick":
+            return self.fc2(x * torch.sigmoid(1.702 * x))
         return self.fc2(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
@@ -268,12 +279,12 @@ class LayerScale(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    def __init__(self, dim, num_heads, hidden, activation, layer_scale):
+    def __init__(self, dim, num_heads, hidden, activation, layer_scale=False, eps=1e-6, causal=False):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, 1e-6)
-        self.attn = ViTAttention(dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.attn = ViTAttention(dim, num_heads, causal)
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, 1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = MLP(dim, hidden, activation)
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
@@ -365,6 +376,9 @@ class ViT(nn.Module):
         return [level0 if i == 0 and level0 is not None else states[i][:, extra:] for i in layers]
 
 
+HUB = "https://huggingface.co/{}/resolve/main/model.safetensors"
+
+
 def vfm_table():
     """name -> (address of the weights, ViT arguments)."""
 
@@ -377,12 +391,11 @@ def vfm_table():
     giant = dict(size(1536, 40, 24, 4096), activation="swiglu")
     so400m = size(1152, 27, 16, 4304)
     meta = "https://dl.fbaipublicfiles.com"
-    hub = "https://huggingface.co/{}/resolve/main/model.safetensors"
     dino = f"{meta}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
     table = dict(
         dino_vits16=(dino, dict(small, interpolation="bicubic")),
-        mae_vitb16=(hub.format("facebook/vit-mae-base"), base),
-        mae_vitl16=(hub.format("facebook/vit-mae-large"), large))
+        mae_vitb16=(HUB.format("facebook/vit-mae-base"), base),
+        mae_vitl16=(HUB.format("facebook/vit-mae-large"), large))
     for letter, vit in dict(s=small, b=base, l=large, g=giant).items():
         name = f"dinov2_vit{letter}14"
         url = f"{meta}/dinov2/{name}/{name}"
@@ -395,7 +408,7 @@ def vfm_table():
         vit = dict(vit, patch_size=patch, class_token=False, normalize="half", activation="gelu_tanh")
         for side in sides:
             name = f"siglip2-{word}-patch{patch}-{side}"
-            table[name] = hub.format(f"google/{name}"), dict(vit, image_size=side // patch * patch)
+            table[name] = HUB.format(f"google/{name}"), dict(vit, image_size=side // patch * patch)
     return table
 
 
@@ -420,11 +433,12 @@ def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
         if not config and not name.startswith("http") and not os.path.exists(name):
             raise UserError(f"no VFM {name}: neither file nor one of {', '.join([*TOY_VFMS, *VFMS])}")
         state = load_weights(url)
-        with reading(name, "ViT"):
+        try:
             state = to_vit_keys(state.get("teacher", state.get("model", state)))
             config = {**vit_config(state), **config}
-    with reading(name, "ViT"):
-        vit = vit_from({**config, **overrides})
+        except (KeyError, AttributeError, ValueError) as error:
+            raise UserError(f"{name} holds no known ViT: it lacks or misshapes {error}")
+    vit = vit_from({**config, **overrides})
     if state is not None:
         load_state(vit, state, name)
     return vit.requires_grad_(False).eval()
@@ -607,7 +621,12 @@ class Upsample(nn.Module):
         x = F.pixel_shuffle(self.pointwise(self.depthwise(x)), 2)  # [B, d_out, 2 h, 2 w]
         if not self.norm_first:
             x = self.norm(x)
-        x = F.pad(x, [self.blur.shape[-1] // 2] * 4, mode="replicate")
+        p = self.blur.shape[-1] // 2
+        if torch.compiler.is_compiling() and x.device.type == "cpu":  # inductor fails at F.pad's backward pass
+            for dim in 2, 3:
+                x = torch.cat([*[x.narrow(dim, 0, 1)] * p, x, *[x.narrow(dim, -1, 1)] * p], dim)
+        else:
+            x = F.pad(x, [p] * 4, mode="replicate")
         return F.conv2d(x, self.blur, groups=len(self.blur))  # [B, d_out, 2 h, 2 w]
 
 
@@ -874,9 +893,11 @@ def build_tokenizer(cfg, pretrained=True):
             raise UserError("--layers must end with -1, which the VF loss reads")
     if (kind == "ldm" or not on_vfm) and 2 ** (len(cfg.ch_mult) - 1) != cfg.downsample:
         raise UserError(f"--ch_mult of {len(cfg.ch_mult)} levels does not downsample by {cfg.downsample}")
+    if min(0, *cfg.widths, *cfg.fuse_dims, *cfg.attention, *cfg.ch_mult) < 0:
+        raise UserError("--widths, --fuse_dims, --attention, --ch_mult must not be negative")
     try:
         tok = Tokenizer(**arch)
-    except ValueError as error:  # groups, heads
+    except (ValueError, TypeError, ArithmeticError, IndexError) as error:  # groups, heads
         raise UserError(f"no network has such widths: {error}")
     tok.check_size(cfg.image_size, cfg.image_size)
     if on_vfm:
@@ -1030,15 +1051,14 @@ class Trainer:
 
     def load_state_dict(self, entries, same_stage=True):
         """After `start_stage`: all but the model."""
-        with reading(entries.path):
-            for name in ("anchor", "gan"):
-                part = getattr(self, name)
-                if part and entries[name]:
-                    part.load_state_dict(entries[name], strict=False)
-            if same_stage:
-                load_moments(self.optimizer, entries["optimizer"])
-                if self.gan:
-                    load_moments(self.gan_optimizer, entries["gan_optimizer"])
+        for name in ("anchor", "gan"):
+            part = getattr(self, name)
+            if part and entries[name]:
+                part.load_state_dict(entries[name], strict=False)
+        if same_stage:
+            load_moments(self.optimizer, entries["optimizer"])
+            if self.gan:
+                load_moments(self.gan_optimizer, entries["gan_optimizer"])
 
     def set_lr(self, progress):
         """`progress`: of the whole run, 0 to 1."""
@@ -1348,15 +1368,15 @@ def train(cfg, world):
     entries = load_checkpoint(path, "tokenizer") if cfg.resume and path.exists() else None
     seen = 0
     if entries:
-        keys = ("method", "recipe", "data", "batch_size", "seed", "kimg", "vfm", "disc_vfm", "ndf")
-        now = {**{key: getattr(cfg, key) for key in keys}, **tok.arch}
-        then = {**entries["config"], **entries["arch"]}
-        changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
-        if changed:
-            raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
-        for state in ({**entries["model"], **entries["ema"]}, entries["model"]):  # both fit
-            load_state(tok, state, str(path))
-        seen = entries["images"]
+        with reading(path):
+            keys = ("method", "recipe", "data", "batch_size", "seed", "kimg", "vfm", "disc_vfm", "ndf")
+            now = {**{key: getattr(cfg, key) for key in keys}, **tok.arch}
+            then = {**entries["config"], **entries["arch"]}
+            changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
+            if changed:
+                raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
+            load_state(tok, entries["model"], str(path))
+            seen = entries["images"]
     world.agree(configuration=cfg, checkpoint=seen, data=data.identity())
     if seen < start or start >= stop:
         raise UserError(f"stage {cfg.stage} starts at image {start}; {path} has seen {seen}, or is not read")
@@ -1369,10 +1389,9 @@ def train(cfg, world):
     flops = training_flops(cfg, tok) if world.device.type == "cuda" else {}
     trainer = Trainer(cfg, tok, world, vfm, length_scale)
     ema = {}
-    with reading(path):
-        for name, p in tok.named_parameters():
-            if cfg.method == "aligntok" or not name.startswith("vfm."):  # VFM-VAE's never trains
-                ema[name] = entries["ema"][name].to(world.device) if entries else p.detach().clone()
+    for name, p in tok.named_parameters():
+        if cfg.method == "aligntok" or not name.startswith("vfm."):  # VFM-VAE's never trains
+            ema[name] = entries["ema"][name].to(world.device) if entries else p.detach().clone()
     if world.rank == 0:
         millions = sum(p.numel() for p in tok.parameters()) / 1e6
         print(f"{cfg.method} on {len(data)} images of {cfg.data}, {cfg.image_size} px; {millions:.1f} M parameters; "
@@ -1959,9 +1978,9 @@ def load_tokenizer(path, **overrides):
     What shapes do not show is as published, or overridden: num_heads (the VFM's), layers, scale_factor, resolution.
     `about`: what else our checkpoints say."""
     entries = load_weights(path)
-    if entries.get("kind", "tokenizer") != "tokenizer":
-        raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
-    with reading(path, "tokenizer"):
+    with reading(path):
+        if entries.get("kind", "tokenizer") != "tokenizer":
+            raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
         state = entries.get("G_ema", entries.get("state_dict", entries))
         state = {k.removeprefix("module."): v for k, v in state.items()}
         if "kind" in entries:
@@ -1976,7 +1995,7 @@ def load_tokenizer(path, **overrides):
         if "num_heads" in overrides and arch.get("vfm"):
             arch["vfm"]["num_heads"] = overrides.pop("num_heads")
         tok = Tokenizer(**{**arch, **overrides})
-    load_state(tok, state, str(path)).requires_grad_(False).eval()
+    tok = load_state(tok, state, str(path)).requires_grad_(False).eval()
     tok.about = {key: entries[key] for key in ("config", "classes", "images", "stage", "pair") if key in entries}
     return tok
 
@@ -2023,44 +2042,6 @@ def fetch(url):
     return path
 
 
-@contextlib.contextmanager
-def reading(path, what=""):
-    """Whatever fails on what a file holds (`what` it should be): UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise error if str(path) in str(error) else UserError(f"{path}: {error}")
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code:
-            text = f"it holds code ({code[1]}), not only weights"
-        elif "weights_only" in text:  # advice to load it with code
-            text = "damaged, or not only weights"
-        elif isinstance(error, KeyError):
-            text = f"it lacks {text}"
-        elif not isinstance(error, OSError):
-            text = f"{type(error).__name__}: {text}"
-        raise UserError(f"{path} is no whole {what}: {text}" if what else f"cannot read {path}: {text}")
-
-
-class Entries(dict):
-    """A file's; those of our checkpoints have the right types."""
-    types = dict.fromkeys(("arch", "config", "ema", "model", "optimizer"), dict) | dict.fromkeys(
-        ("image_size", "images", "skipped", "stage", "step"), int) | dict.fromkeys(
-        ("latent_mean", "latent_std"), torch.Tensor) | dict(classes=list, kind=str, tokenizer=str)
-
-    def __init__(self, path, entries):
-        super().__init__(entries)
-        self.path = path
-        for key, kind in self.types.items():
-            if "kind" in self and not isinstance(self.get(key, kind()), kind):
-                raise UserError(f"{path}: its {key} is no {kind.__name__}")
-
-    def __missing__(self, key):
-        raise UserError(f"{self.path} lacks {key}")
-
-
 def load_weights(path_or_url):
     """The dictionary in a file (PyTorch's or .safetensors) or at a URL, on the CPU; never unpickles code."""
     path = str(path_or_url)
@@ -2068,47 +2049,361 @@ def load_weights(path_or_url):
         path = fetch(path)
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
-    with reading(path):
+    try:
         if path.endswith(".safetensors"):
-            return Entries(path, read_safetensors(path))
-        mapped = zipfile.is_zipfile(path)
-        if mapped:  # PyTorch does not look at checksums
-            with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    if name.endswith("data.pkl"):
-                        archive.read(name)
-        mapped = mapped and os.name == "posix"  # eight processes do not hold eight copies
+            return read_safetensors(path)
+        mapped = os.name == "posix" and zipfile.is_zipfile(path)  # eight processes do not hold eight copies
+        if mapped:
+            with zipfile.ZipFile(path) as archive:  # which checks sums, as torch does not
+                for entry in archive.namelist():
+                    if entry.endswith("data.pkl"):
+                        archive.read(entry)
         entries = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(entries, dict):
             raise ValueError("it holds no state dict")
-        return Entries(path, entries)
+        return entries
+    except Exception as error:  # of damaged or hostile files
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds code ({code[1]}), which is never run" if code else f"{type(error).__name__}: {error}"
+        reason = re.sub("Weights only load failed.*", "it is damaged, or holds more than weights", reason, flags=re.S)
+        raise UserError(f"cannot read weights from {path}: {reason}".splitlines()[0])
+
+
+@contextlib.contextmanager
+def reading(path):
+    """What a damaged or foreign file makes fail: UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyError):
+            text = f"it lacks {error}"
+        raise UserError(f"{path} is damaged or of another kind: {' '.join(text.split())[:1000]}")
 
 
 def load_state(module, state, name, ignore=(), **keywords):
     """`load_state_dict` whose complaint is one line; `ignore`: regexes of keys not needed."""
+    state = {k: v for k, v in state.items() if not any(re.match(pattern, k) for pattern in ignore)}
     try:
-        state = {k: v for k, v in state.items() if not any(re.match(pattern, k) for pattern in ignore)}
         module.load_state_dict(state, **keywords)
-    except Exception as error:  # missing, unexpected, misshaped keys, no tensors
+    except RuntimeError as error:  # missing, unexpected, misshaped keys
         raise UserError(f"{name}: the weights do not fit: {' '.join(str(error).split())[:1000]}")
     return module
+
+
+# --------------------------------------
+# Text: towers and their tokens
+
+TEXTS = {name: url for name, (url, _) in VFMS.items() if name.startswith("siglip2")}
+for repo in ("openai/clip-vit-large-patch14", "google/flan-t5-small", "google/flan-t5-base", "google/flan-t5-large"):
+    TEXTS[repo.split("/")[1]] = HUB.format(repo)
+
+TEXT_KEYS = {  # of SigLIP2's and CLIP's text towers, before VIT_KEYS
+    r"^text_model\.": "",
+    r"^embeddings\.token_embedding\.": "embed.",
+    r"^final_layer_norm\.": "norm.",
+    r"^(head|text_projection)\.": "project."}
+TEXT_UNUSED = r"vision_model|visual_projection|logit_"
+T5_KEYS = {
+    r"^shared\.": "embed.",
+    r"^encoder\.final_layer_norm\.": "norm.",
+    r"^encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.": "bias.",
+    r"^encoder\.block\.": "blocks.",
+    r"\.layer\.(0\.SelfAttention|1\.DenseReluDense)\.": ".",
+    r"\.layer\.0\.layer_norm\.": ".norm1.",
+    r"\.layer\.1\.layer_norm\.": ".norm2."}
+T5_UNUSED = r"decoder|lm_head|encoder\.embed_tokens"
+SPACE = r"[^\S\x1c-\x1f]"  # Unicode's White_Space
+
+
+def merge_pairs(symbols, ranks):
+    """Byte pair encoding: joins the neighbours of lowest rank, leftmost first, until none has one; n log n."""
+    symbols = list(symbols)
+    n = len(symbols)
+    after = list(range(1, n + 1))
+    before = list(range(-1, n - 1))
+    heap = []
+
+    def push(i):
+        if i >= 0 and after[i] < n and (symbols[i], symbols[after[i]]) in ranks:
+            heapq.heappush(heap, (ranks[symbols[i], symbols[after[i]]], i))
+
+    for i in range(n):
+        push(i)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = after[i]
+        if j == n or ranks.get((symbols[i], symbols[j])) != rank:  # one of the two was joined meanwhile
+            continue
+        symbols[i] += symbols[j]
+        symbols[j] = None
+        after[i] = after[j]
+        if after[i] < n:
+            before[after[i]] = i
+        push(before[i])
+        push(i)
+    return [symbol for symbol in symbols if symbol is not None]
+
+
+def merge_ranks(merges):
+    """Merges ("a b" or ["a", "b"]) in order -> pair: rank."""
+    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges]
+    return {pair: rank for rank, pair in enumerate(pairs)}
+
+
+def gemma_tokens(read):
+    """SigLIP2's: lower case; a space is ▁; the bytes of characters that the vocabulary lacks."""
+    model = json.loads(read("tokenizer.json"))["model"]
+    vocab = model["vocab"]
+    ranks = merge_ranks(model["merges"])
+
+    def tokens(text):
+        symbols = []
+        for char in text.lower().replace(" ", "▁"):
+            symbols += [char] if char in vocab else [f"<0x{byte:02X}>" for byte in char.encode()]
+        return [vocab.get(symbol, 3) for symbol in merge_pairs(symbols, ranks)]
+
+    return [], 1, 0, tokens
+
+
+def clip_tokens(read):
+    """CLIP's: byte pair encoding of each piece's bytes; unknown symbols and pads are the end's."""
+    vocab = json.loads(read("vocab.json"))
+    ranks = merge_ranks(line for line in read("merges.txt").split("\n")[1:] if line)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "N")
+    pieces = re.compile(rf"'(?:s|t|re|ve|m|ll|d)|[^\W_{numbers}]+|[{numbers}]|(?:[^ \w{numbers}]|_)+")
+    end = vocab["<|endoftext|>"]
+
+    @functools.lru_cache(1 << 16)
+    def piece_tokens(piece):
+        symbols = [table[byte] for byte in piece.encode()]
+        symbols[-1] += "</w>"
+        return [vocab.get(symbol, end) for symbol in merge_pairs(symbols, ranks)]
+
+    def tokens(text):
+        text = re.sub(f"{SPACE}+", " ", unicodedata.normalize("NFC", text)).lower()
+        return [token for piece in pieces.findall(text) for token in piece_tokens(piece)]
+
+    return [vocab["<|startoftext|>"]], end, end, tokens
+
+
+def t5_tokens(read):
+    """T5's: each word's most probable pieces; a run of unknown characters is one 2."""
+    file = json.loads(read("tokenizer.json"))
+    scores = {piece: (score, i) for i, (piece, score) in enumerate(file["model"]["vocab"])}
+    unknown = min(score for score, _ in scores.values()) - 10
+    longest = max(map(len, scores))
+    controls = {}
+    if "Precompiled" in json.dumps(file["normalizer"]):  # SentencePiece's nmt_nfkc: controls go or become spaces
+        controls = dict.fromkeys([*range(1, 9), 11, *range(14, 32), 127, 143, 159])
+        controls |= dict.fromkeys([9, 10, 12, 13, 0x1680, *range(0x200b, 0x2010), 0x2028, 0x2029, 0x2581, 0xfeff,
+                                   0xfffd], " ")
+
+    @functools.lru_cache(1 << 16)
+    def word_tokens(word):
+        best = [(0.0, 0, None)] + [(-math.inf, 0, None)] * len(word)  # by end: sum of scores, last piece's start, id
+        for start in range(len(word)):
+            for end in range(start + 1, min(start + longest, len(word)) + 1):
+                score, token = scores.get(word[start:end], (unknown if end == start + 1 else -math.inf, 2))
+                if best[start][0] + score > best[end][0]:
+                    best[end] = best[start][0] + score, start, token
+        tokens = []
+        end = len(word)
+        while end:
+            _, end, token = best[end]
+            if token != 2 or tokens[-1:] != [2]:
+                tokens.append(token)
+        return tokens[::-1]
+
+    def tokens(text):
+        kept = "(\uff5e)" if controls else "$^"  # the one character that nmt_nfkc leaves
+        text = "".join(
+            part if controls and part == "\uff5e" else unicodedata.normalize("NFKC", part)
+            for part in re.split(kept, text.translate(controls)))
+        text = re.sub(f"^{SPACE}+|{SPACE}+$", "", re.sub("  +", " ", text)).replace(" ", "▁")
+        if text and text[0] != "▁":
+            text = "▁" + text
+        return [token for word in re.findall("▁[^▁]*", text) for token in word_tokens(word)]
+
+    return [], 1, 0, tokens
+
+
+class TextEncoder(nn.Module):
+    """encoder(texts) -> (tokens [B, L, D], pooled [B, pooled_dim] or None): ids(texts) -> int32 [B, L], cut and padded;
+    encode(ids). dim: D, length: L, pooled_dim: 0 if none. The tokenizer's files are read when first needed."""
+
+    def read(self, name):
+        """The text of a file beside the weights."""
+        path = f"{self.root}/{name}"
+        try:
+            return Path(fetch(path) if "://" in path else path).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}, which belongs beside the text encoder's weights: {error}")
+
+    @functools.cached_property
+    def tokens(self):  # first ids, the last, the pad, text -> ids
+        try:
+            return self.make_tokens(self.read)
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{self.root} has a damaged or another tokenizer: {type(error).__name__} {error}")
+
+    def ids(self, texts):
+        first, end, pad, tokens = self.tokens
+        rows = torch.full((len(texts), self.length), pad, dtype=torch.int32)
+        for row, text in zip(rows, texts):
+            found = [*first, *tokens(text)[:self.length - len(first) - 1], end]
+            row[:len(found)] = torch.tensor(found)
+        return rows
+
+    def forward(self, texts):
+        return self.encode(self.ids(texts).to(self.embed.weight.device))
+
+
+class TextTower(TextEncoder):
+    """SigLIP2's (bidirectional, pooled at the last place) or CLIP's (causal, pooled at the first end)."""
+
+    def __init__(self, root, vocab, length, dim, pooled_dim, depth, num_heads, hidden, clip):
+        super().__init__()
+        self.root = root
+        self.length = length
+        self.dim = dim
+        self.pooled_dim = pooled_dim
+        self.clip = clip
+        self.make_tokens = clip_tokens if clip else gemma_tokens
+        eps = 1e-5 if clip else 1e-6
+        self.embed = nn.Embedding(vocab, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, length, dim))
+        block = dim, num_heads, hidden, "gelu_quick" if clip else "gelu_tanh", False, eps, clip
+        self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps)
+        self.project = nn.Linear(dim, pooled_dim, bias=not clip)
+
+    def encode(self, ids):  # [B, L]
+        x = self.embed(ids) + self.pos_embed  # [B, L, D]
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        end = -1
+        if self.clip:
+            end = (ids == self.embed.num_embeddings - 1).int().argmax(1)
+        return x, self.project(x[torch.arange(len(x), device=x.device), end])  # [B, pooled_dim]
+
+
+class T5Block(nn.Module):
+    def __init__(self, dim, num_heads, inner, hidden):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.RMSNorm(dim, 1e-6)
+        self.q, self.k, self.v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, dim, bias=False)
+        self.norm2 = nn.RMSNorm(dim, 1e-6)
+        self.wi_0, self.wi_1 = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+        self.wo = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x, bias):  # [B, L, D], [1 or B, heads, L, L]
+        y = self.norm1(x)
+        q, k, v = (part(y).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)  # [B, heads, L, d]
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        return x + self.wo(F.gelu(self.wi_0(y), approximate="tanh") * self.wi_1(y))
+
+
+class T5(TextEncoder):
+    """The encoder of T5 v1.1 or Flan-T5. `masked`: pads are no keys, and zero (FLUX attends to them)."""
+    pooled_dim = 0
+
+    def __init__(self, root, vocab, dim, depth, num_heads, inner, hidden, length=120, masked=True):
+        super().__init__()
+        self.root = root
+        self.length = length
+        self.dim = dim
+        self.masked = masked
+        self.make_tokens = t5_tokens
+        self.embed = nn.Embedding(vocab, dim)
+        self.bias = nn.Embedding(32, num_heads)
+        self.blocks = nn.ModuleList(T5Block(dim, num_heads, inner, hidden) for _ in range(depth))
+        self.norm = nn.RMSNorm(dim, 1e-6)
+
+    def encode(self, ids):  # [B, L]
+        place = torch.arange(ids.shape[1], device=ids.device)
+        offset = place - place[:, None]  # key - query
+        far = 8 + ((offset.abs().clamp(1).float() / 8).log() / math.log(16) * 8).long()
+        bucket = torch.where(offset.abs() < 8, offset.abs(), far.clamp(max=15)) + 16 * (offset > 0)
+        bias = self.bias(bucket).permute(2, 0, 1)[None]  # [1, heads, L, L]
+        x = self.embed(ids)  # [B, L, D]
+        if self.masked:
+            bias = bias.masked_fill((ids == 0)[:, None, None], torch.finfo(bias.dtype).min)
+        for block in self.blocks:
+            x = block(x, bias)
+        x = self.norm(x)
+        return (x * (ids != 0)[..., None] if self.masked else x), None
+
+
+def load_text(name_or_path, **overrides):
+    """A frozen TextEncoder: a name in TEXTS (fetched once), a file of weights or a folder of .safetensors, with
+    tokenizer.json (SigLIP2, T5) or vocab.json and merges.txt (CLIP) beside them. `overrides`: num_heads of SigLIP2 and
+    CLIP; T5's length (120), masked."""
+    name = str(name_or_path)
+    path = TEXTS.get(name, name)
+    if "://" not in path and not os.path.exists(path):
+        raise UserError(f"no text encoder {name}: neither file, folder nor one of {', '.join(TEXTS)}")
+    files = [path]
+    root = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        root = path
+        files = sorted(Path(path).glob("model.safetensors")) or sorted(Path(path).glob("*.safetensors"))
+        if not files:
+            raise UserError(f"no .safetensors in {path}")
+    state = {}
+    for file in files:
+        state.update(load_weights(file))
+    try:
+        if "encoder.final_layer_norm.weight" in state:
+            state = rename(state, T5_KEYS, T5_UNUSED)
+            inner, dim = state["blocks.0.q.weight"].shape
+            config = dict(
+                dim=dim, depth=count_parts(state, "blocks."), num_heads=state["bias.weight"].shape[1], inner=inner,
+                hidden=len(state["blocks.0.wi_0.weight"]))
+            Encoder = T5
+        else:
+            state = to_vit_keys(rename(state, TEXT_KEYS, TEXT_UNUSED))
+            _, length, dim = state["pos_embed"].shape
+            config = dict(
+                length=length, dim=dim, pooled_dim=len(state["project.weight"]), depth=count_parts(state, "blocks."),
+                num_heads=16 if dim == 1152 else max(1, dim // 64), hidden=len(state["blocks.0.mlp.fc1.weight"]),
+                clip="project.bias" not in state)
+            Encoder = TextTower
+        config["vocab"] = len(state["embed.weight"])
+    except (KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{name} holds no known text encoder: it lacks or misshapes {error}")
+    encoder = load_state(Encoder(root, **{**config, **overrides}), state, name).requires_grad_(False).eval()
+    encoder.name = name
+    return encoder
 
 
 # --------------------------------------
 # Data: folders, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
 
 def load_rgb(path):
-    """Pillow's, in RGB: transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
+    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode[0] in "IF":
-            values = np.asarray(image).astype(np.float64)
-            values = values / (257 if values.max() > 255 else 1)
-            image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd files and large ones
+            image = ImageOps.exif_transpose(Image.open(path))
+            if image.mode[0] in "IF":
+                values = np.asarray(image).astype(np.float64)
+                values = values / (257 if values.max() > 255 else 1)
+                image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except Exception as error:  # of damaged files
         raise UserError(f"cannot read image {path}: {type(error).__name__}: {error}".replace("\n", " "))
 
@@ -2125,9 +2420,10 @@ def center_crop(image, size):
 
 
 def list_images(folder):
-    """The image files under a folder, sorted."""
+    """The image files under a folder, sorted; nothing hidden."""
     suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    paths = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if not paths:
         raise UserError(f"no images in {folder}, or no such folder")
     return paths
@@ -2136,7 +2432,9 @@ def list_images(folder):
 class Images(Dataset):
     """Images at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and `val`),
     "shapes", or a torchvision data set under `data_dir`. Items are asked for as index, or as (index, key): then
-    augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key."""
+    augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key. A file that is no
+    image: UserError; with `bad_list` the next index's image and label stand in, and that file lists the path."""
+    bad_list = None
 
     def __init__(self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out"):
         self.size = size
@@ -2162,6 +2460,11 @@ class Images(Dataset):
         if len({path.parent == root for path in paths}) == 2:
             raise UserError(f"{root} has images both in class folders and beside them")
         folders = ["image" if path.parent == root else path.relative_to(root).parts[0] for path in paths]
+        if paths[0].parent != root:
+            empty = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."} - set(folders)
+            if empty:
+                raise UserError(f"class folder {root / min(empty)} has no images")
+        self.root = os.fsencode(root / "_")[:-1]
         classes, self.labels = np.unique(folders, return_inverse=True)
         self.classes = classes.tolist()
         self.source = np.array([os.fsencode(path) for path in paths])  # workers would copy a list
@@ -2202,11 +2505,37 @@ class Images(Dataset):
         names = self.source.tolist() if isinstance(self.source, np.ndarray) else []
         return names, self.classes, self.labels.tolist()
 
+    def read(self, index):
+        """-> (image, index), of the first readable one from there."""
+        while True:
+            image = self.source[index]
+            if not isinstance(image, bytes):
+                return image[0], index
+            try:
+                return load_rgb(os.fsdecode(image)), index
+            except UserError:
+                if not self.bad_list:
+                    raise
+            self.note_bad(image)
+            index = (index + 1) % len(self)
+
+    def note_bad(self, path):
+        """Any process may; too many: UserError."""
+        self.bad_list.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.bad_list, "ab+") as file:  # small appends do not mix
+            lock(file)
+            file.seek(0)
+            bad = set(file.read().splitlines())
+            if path not in bad:
+                file.write(path + b"\n")
+        count = sum(line.startswith(self.root) for line in bad | {path})
+        if count > len(self) / 100:
+            raise UserError(f"{count} of {len(self)} images cannot be read, more than 1%: {self.bad_list} lists them")
+
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
         rng = None if key is None else np.random.default_rng(key)
-        image = self.source[index]
-        image = load_rgb(os.fsdecode(image)) if isinstance(image, bytes) else image[0]
+        image, index = self.read(index)
         if torch.is_tensor(image):
             image = Image.fromarray(image.permute(1, 2, 0).numpy())
         image = image.convert("RGB")
@@ -2226,6 +2555,8 @@ class Images(Dataset):
 def open_data(cfg, split, size, crop=False, flip=False):
     """A Config's Images."""
     data = Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache)
+    if cfg.skip_bad:
+        data.bad_list = Path(cfg.out) / "bad_images.txt"
     if data.note and os.environ.get("RANK", "0") == "0":
         print(f"note: {data.note}")
     return data
@@ -2290,7 +2621,7 @@ class Shapes(Dataset):
             path = Path(cache) / f"shapes-{split}-{size}-{n}-{version}.npy"
             if not path.exists():
                 with replacing(path) as temp:
-                    array = np.lib.format.open_memmap(temp, "w+", np.uint8, (n, 3, size, size))
+                    array = allocate(temp, np.uint8, (n, 3, size, size))
                     for part in tqdm(np.array_split(np.arange(n), n // 500 + 1), f"drawing {n} shapes", leave=False):
                         array[part] = self.draw(part)
             self.images = np.load(path, mmap_mode="r")
@@ -2430,20 +2761,16 @@ class Shapes(Dataset):
         return np.minimum(box(-0.62, -0.16, -0.85, 0.85), box(-0.62, 0.62, 0.4, 0.85))  # L
 
 
-def load_text(name):
-    raise UserError(f"no text encoder {name}")
-
-
 class ShapesText:
     """Words of Shapes.caption as ids, for a DiT that learns their embeddings."""
     name = "toy"
-    length = 16
+    length = 13  # all captions have
     words = sorted({
         *"a large small at the upper lower left right on background".split(), *Shapes.hues, *Shapes.textures,
         *map(str.lower, Shapes.classes)})
 
     def ids(self, texts):
-        """Strings -> int32 [n, 16], padded with 0."""
+        """Strings -> int32 [n, 13], padded with 0."""
         ids = torch.zeros(len(texts), self.length, dtype=torch.int32)
         for row, text in zip(ids, texts):
             for k, word in enumerate(text.lower().replace(",", " ").split()):
@@ -2544,12 +2871,17 @@ class UserError(Exception):
 
 
 Positive = typing.NewType("Positive", int)
+Share = typing.NewType("Share", float)
+Decay = typing.NewType("Decay", float)
+
+
+MOST = 2 ** 62  # of any number: C's integers hold it
 
 
 def parse_config(Config, presets, argv=None, positional=()):
-    """Config's defaults, then the preset's, then the flags. Fields may be int (0 or more), Positive, float, bool (0/1),
-    str, Literal[...] or tuple[int or float, ...] (comma-separated); those in `positional` need no flag. One line and
-    exit status 2 for an unknown flag or a bad value."""
+    """Config's defaults, then the preset's, then the flags. Fields may be int or float (0 or more), Positive, Share
+    (in [0, 1]), Decay (in [0, 1)), bool (0/1), str, Literal[...] or tuple[int or float, ...] (comma-separated, maybe
+    negative); those in `positional` need no flag. One line and exit status 2 for an unknown flag or a bad value."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             self.exit(2, f"{self.prog}: {message}\n")
@@ -2557,18 +2889,20 @@ def parse_config(Config, presets, argv=None, positional=()):
     def boolean(text):
         return ("0", "false", "1", "true").index(text.lower()) > 1
 
-    def numbers(name, kind, least=-math.inf, many=False):  # name: for argparse's complaint
+    def numbers(name, kind, least=-MOST, most=MOST, many=False):  # name: for argparse's complaint
         def convert(text):
             values = tuple(kind(part) for part in text.split(",") if part) if many else (kind(text),)
-            if not all(value >= least and math.isfinite(value) for value in values):
+            if not all(least <= value <= most for value in values):
                 raise ValueError
             return values if many else values[0]
         convert.__name__ = name
         return convert
 
     converters = {
-        bool: boolean, str: str, int: numbers("integer (at least 0)", int, 0), float: numbers("finite number", float),
+        bool: boolean, str: str, int: numbers("integer (at least 0)", int, 0),
         Positive: numbers("positive integer (at least 1)", int, 1),
+        float: numbers("finite number (at least 0)", float, 0), Share: numbers("number in [0, 1]", float, 0, 1),
+        Decay: numbers("number in [0, 1)", float, 0, 1 - 2 ** -53),
         tuple[int, ...]: numbers("list_of_numbers", int, many=True),
         tuple[float, ...]: numbers("list_of_finite_numbers", float, many=True)}
     source = "".join(inspect.getsource(each) for each in Config.__mro__[-2::-1])
@@ -2625,6 +2959,9 @@ def main(run):
             os._exit(1)  # leaving the group could wait for the others
         sys.exit(1)
     finally:
+        for worker in multiprocessing.active_children():  # a loader's: they leave SIGTERM to us
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would complain
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -2753,7 +3090,7 @@ class Watch:
         """path: the training's checkpoint, entries: what it held."""
         self.world = world
         self.path = path
-        self.skipped = torch.tensor(float(entries["skipped"] if entries else 0), device=world.device)
+        self.skipped = torch.tensor(float(entries.get("skipped", 0) if entries else 0), device=world.device)
         self.row = torch.zeros((), device=world.device)  # skipped in a row
         self.row_on_host = torch.zeros((), pin_memory=world.device.type == "cuda")  # the newest that has arrived
         self.received = 0  # the signal to be passed on, by its place in SIGNALS, from 1
@@ -2800,7 +3137,8 @@ class Watch:
         if row >= self.MOST:
             bad = [name for name, value in losses.items() if not value.isfinite()]
             there = f"{self.path} is the last checkpoint" if os.path.exists(self.path) else "no checkpoint was written"
-            raise UserError(f"{row} steps in a row were not finite, first of all {bad[0] if bad else 'elsewhere'}; {there}")
+            first = bad[0] if bad else "another process's loss"
+            raise UserError(f"{row} steps in a row were not finite, first of all {first}; {there}")
         return self.SIGNALS[received - 1] if received else 0
 
     def obey(self, number, step):
@@ -2846,6 +3184,18 @@ def replacing(path, sync=True):
     finally:
         if temp.exists():
             temp.unlink()
+
+
+def allocate(path, dtype, shape):
+    """A new .npy's array, mapped; on a full disk UserError now, not SIGBUS as it is filled."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, tuple(shape))
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}")
+    return array
 
 
 def remove_leftovers(folder):
