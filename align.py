@@ -31,9 +31,9 @@ from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, t
 from sample import tokenizer_beside
 from tokenizer import (
     Images, Log, Positive, Tokenizer, Trainer, UserError, Watch, alone, average_gradients, average_weights,
-    build_tokenizer, fingerprint, init_world, load_checkpoint, load_tokenizer, load_vfm, load_weights, main,
-    make_loader, open_data, parse_config, psnr, read_json, replacing, save_checkpoint, seed_step, shrink, stages_of,
-    step_batches, step_unless, to_float, to_uint8, vfm_of, write_json, write_text)
+    build_tokenizer, fingerprint, init_world, load_checkpoint, load_state, load_tokenizer, load_vfm, load_weights, main,
+    make_loader, open_data, parse_config, psnr, read_json, reading, replacing, save_checkpoint, seed_step, shrink,
+    stages_of, step_batches, step_unless, to_float, to_uint8, vfm_of, write_json, write_text)
 
 import numpy as np
 import torch
@@ -347,7 +347,9 @@ class JointTrainer(Trainer):
         """entries: a diffusion checkpoint's, of joint training if `resumed`."""
         super().__init__(tok_cfg, tokenizer, world, vfm, length_scale=0.0)  # schedules are over
         self.joint_cfg = cfg
-        self.dit_cfg = dit_cfg = DiffusionConfig(**dict(entries["config"], seed=cfg.seed, compile=False, fsdp=False))
+        with reading(entries.path):
+            config = dict(entries["config"], seed=cfg.seed, compile=False, fsdp=False)
+            self.dit_cfg = dit_cfg = DiffusionConfig(**config)
         self.dit_arch = entries["arch"]
         self.dit_vfm = None
         if dit_cfg.align == "none" and cfg.side != "none":
@@ -361,13 +363,14 @@ class JointTrainer(Trainer):
         saved = entries if resumed else None
         self.dit, _, self.dit_ema, self.dit_optimizer = build(dit_cfg, single, self.dit_arch, saved)
         self.statistics = nn.BatchNorm2d(tokenizer.z_dim, affine=False).to(world.device)
-        if resumed:
-            self.statistics.load_state_dict(entries["statistics"])
-        else:
-            self.dit.load_state_dict(entries["model"], strict=False)  # not a new projection
-            self.dit_ema.load_state_dict(dict(self.dit.state_dict(), **entries["ema"]))
-            self.statistics.running_mean.copy_(entries["latent_mean"])
-            self.statistics.running_var.copy_(entries["latent_std"].square())
+        with reading(entries.path):
+            if resumed:
+                self.statistics.load_state_dict(entries["statistics"])
+            else:
+                self.dit.load_state_dict(entries["model"], strict=False)  # not a new projection
+                self.dit_ema.load_state_dict(dict(self.dit.state_dict(), **entries["ema"]))
+                self.statistics.running_mean.copy_(entries["latent_mean"])
+                self.statistics.running_var.copy_(entries["latent_std"].square())
         self.heads = [*self.dit.projectors.parameters()]
         self.body = [p for name, p in self.dit.named_parameters() if not name.startswith("projectors.")]
         if cfg.compile:  # a block each: some are walked back twice
@@ -449,9 +452,10 @@ def train_jointly(cfg, paths, world):
     # averaged weights: the diffusion model knows their latents
     saved = load_checkpoint(tokenizer_beside(source, entries), "tokenizer")
     ours = {key: getattr(cfg, key) for key in ("out", "cache", "seed", "batch_size", "accumulate", "compile")}
-    tok_cfg = TokenizerConfig(**{**saved["config"], **ours})
+    with reading(saved.path):
+        tok_cfg = TokenizerConfig(**{**saved["config"], **ours})
     tok, vfm = build_tokenizer(tok_cfg)
-    tok.load_state_dict(saved["model"] if again else {**saved["model"], **saved["ema"]})
+    load_state(tok, saved["model"] if again else {**saved["model"], **saved["ema"]}, saved.path)
     tok = tok.to(world.device, memory_format=world.layout)
     trainer = JointTrainer(tok_cfg, tok, world, vfm and vfm.to(world.device), cfg, entries, again)
     stage = [stage for stage in stages_of(tok_cfg) if "adapter" in stage.trains][-1]

@@ -680,8 +680,8 @@ def build(cfg, world, arch, saved=None):
     model = DiT(**arch).to(world.device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if saved:
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
+        load_state(model, saved["model"], saved.path)
+        load_state(ema, saved["ema"], saved.path)
     model.checkpointing = cfg.checkpointing
     cuda = world.device.type == "cuda"
     if cfg.compile:
@@ -698,7 +698,9 @@ def build(cfg, world, arch, saved=None):
         parallel = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=0, fused=True)
     if saved:
-        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
+        options = StateDictOptions(full_state_dict=True)
+        with reading(saved.path):
+            set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
     return model, parallel, ema, optimizer
 
 

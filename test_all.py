@@ -1572,6 +1572,27 @@ def test_tokenizer_resumes_exactly():
 
 
 @with_tiny_vfm
+def test_spoiled_checkpoints_are_not_resumed():
+    """A training that would go on from a checkpoint without an entry, or with one of another type, says which."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = tiny_config(folder, save_interval=2)
+        with mock.patch.object(tokenizer.Log, "write", side_effect=[None] * 2 + [Killed]), contextlib.suppress(Killed):
+            quiet(tokenizer.train, cfg, WORLD)
+        path = Path(folder, "tokenizer.pt")
+        entries = torch.load(path, weights_only=True)  # not mapped: it is written again
+        first = next(iter(entries["ema"]))
+        ema = {k: v for k, v in entries["ema"].items() if k != first}
+        keys = ("config", "arch", "model", "ema", "images", "stage", "optimizer", "gan", "gan_optimizer")
+        cases = [({k: v for k, v in entries.items() if k != key}, key) for key in keys]
+        cases += [(dict(entries, **{key: torch.ones(2)}), key) for key in keys[:7]]
+        cases += [(dict(entries, ema=ema), first), (dict(entries, ema={**ema, first: torch.ones(7, 7)}), first),
+                  (dict(entries, optimizer={}), "state"), (dict(entries, gan=[1]), "cannot read")]
+        for spoilt, word in cases:
+            tokenizer.save_checkpoint(path, **spoilt)
+            fails(lambda: tokenizer.train(cfg, WORLD), "tokenizer.pt", word)
+
+
+@with_tiny_vfm
 def test_averages_are_what_is_loaded():
     """load_tokenizer, train's return value and the checkpoint's averages are the same weights, not the last step's."""
     with tempfile.TemporaryDirectory() as folder:
@@ -1809,6 +1830,70 @@ def test_load_diffusion_complains():
         fails(saved(path, dict(kind="tokenizer", model={})), "tokenizer checkpoint, not a diffusion model")
         fails(saved(path, [1, 2]), path)
         fails(lambda: diffusion.load_diffusion(f"{folder}/none.pt"), "none.pt")
+
+
+def survives(function):
+    """Asserts that a call succeeds or ends in a UserError of one line -> that line."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            function()
+        except UserError as error:
+            line = str(error)
+            assert "\n" not in line and "weights_only" not in line and len(line) < 1500, line
+            return line
+
+
+def spoiled(entries, seed, n):
+    """n copies of a nested dictionary, one entry each gone, of another type, of another shape, or one too many."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        top = inner = copy.copy(entries)
+        key = list(inner)[rng.integers(len(inner))]
+        while isinstance(inner[key], dict) and inner[key] and rng.random() < 0.8:
+            inner[key] = copy.copy(inner[key])
+            inner = inner[key]
+            key = list(inner)[rng.integers(len(inner))]
+        values = [None, 3, -1, "x", 0.5, [], {}, torch.zeros(()), torch.zeros(2, 3), {"x": torch.zeros(1)}]
+        if torch.is_tensor(inner[key]):
+            values += [inner[key][None], inner[key].flatten(), inner[key].transpose(0, -1), inner[key] > 0]
+        choice = rng.integers(len(values) + 2)
+        if choice < len(values):
+            inner[key] = values[choice]
+        elif choice == len(values):
+            del inner[key]
+        else:
+            inner["surplus"] = 1
+        yield top
+
+
+def test_spoiled_checkpoints():
+    """An entry that lacks or has another type or shape: one line that names the file, from every loader, ours and
+    official."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/x.pt"
+        tiny_tokenizer(f"{folder}/tokenizer.pt")
+        tok = tokenizer.load_weights(f"{folder}/tokenizer.pt")
+        dit = diffusion.DiT(**TINY_DIT)
+        dit = dict(
+            kind="diffusion", arch=TINY_DIT, model=dit.state_dict(), ema=dit.state_dict(), config={}, step=3,
+            classes=["a"], latent_mean=torch.zeros(4), latent_std=torch.ones(4), tokenizer="tokenizer.pt")
+        official = functools.partial(diffusion.load_diffusion, num_heads=4)
+        for entries, load in (
+                (tok, tokenizer.load_tokenizer), (dit, diffusion.load_diffusion),
+                (fill(golden("vfmvae_tiny")), functools.partial(load_vfmvae, g=golden("vfmvae_tiny"))),
+                (fill(golden("vavae_tiny")), tokenizer.load_tokenizer), (fill(golden("lightningdit_tiny")), official),
+                (fill(golden("reg_sit_tiny")), official),
+                (fill(golden("dinov2_tiny")), functools.partial(tokenizer.load_vfm, num_heads=4))):
+            torch.save(dict(entries), path)
+            load(path)
+            failed = 0
+            for each in spoiled(dict(entries), 1, 12):
+                Path(path).unlink(missing_ok=True)  # a mapped file must not be cut
+                torch.save(each, path)
+                line = survives(lambda: load(path))
+                assert line is None or path in line, line
+                failed += line is not None
+            assert failed > 4, (load, failed)
 
 
 def test_official_arch():
@@ -2283,6 +2368,20 @@ def test_diffusion_resumes_only_its_own_run(folder, cfg):
     fails(lambda: train_diffusion(cfg), "latents", "another run")
     train_diffusion(cfg, resume=False, steps=1)
     assert load(f"{cfg.out}/diffusion.pt")["step"] == 1
+
+
+@with_diffusion_folder
+def test_spoiled_diffusion_is_not_resumed(folder, cfg):
+    """... in one line that names the file."""
+    train_diffusion(cfg, steps=1)
+    entries = torch.load(f"{cfg.out}/diffusion.pt", weights_only=True)  # not mapped: it is written again
+    for key in ("config", "arch", "latents", "step", "model", "ema", "optimizer"):
+        for spoilt in ({k: v for k, v in entries.items() if k != key}, dict(entries, **{key: torch.ones(2)})):
+            tokenizer.save_checkpoint(f"{cfg.out}/diffusion.pt", **spoilt)
+            fails(lambda: train_diffusion(cfg), "diffusion.pt")
+    for key, part in dict(model={}, ema={"x": 1}, optimizer={"state": 3}).items():
+        tokenizer.save_checkpoint(f"{cfg.out}/diffusion.pt", **dict(entries, **{key: part}))
+        fails(lambda: train_diffusion(cfg), "diffusion.pt")
 
 
 @with_diffusion_folder

@@ -1051,14 +1051,15 @@ class Trainer:
 
     def load_state_dict(self, entries, same_stage=True):
         """After `start_stage`: all but the model."""
-        for name in ("anchor", "gan"):
-            part = getattr(self, name)
-            if part and entries[name]:
-                part.load_state_dict(entries[name], strict=False)
-        if same_stage:
-            load_moments(self.optimizer, entries["optimizer"])
-            if self.gan:
-                load_moments(self.gan_optimizer, entries["gan_optimizer"])
+        with reading(entries.path):
+            for name in ("anchor", "gan"):
+                part = getattr(self, name)
+                if part and entries[name]:
+                    part.load_state_dict(entries[name], strict=False)
+            if same_stage:
+                load_moments(self.optimizer, entries["optimizer"])
+                if self.gan:
+                    load_moments(self.gan_optimizer, entries["gan_optimizer"])
 
     def set_lr(self, progress):
         """`progress`: of the whole run, 0 to 1."""
@@ -1375,7 +1376,8 @@ def train(cfg, world):
             changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
             if changed:
                 raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
-            load_state(tok, entries["model"], str(path))
+            for state in ({**entries["model"], **entries["ema"]}, entries["model"]):  # both fit
+                load_state(tok, state, str(path))
             seen = entries["images"]
     world.agree(configuration=cfg, checkpoint=seen, data=data.identity())
     if seen < start or start >= stop:
@@ -1389,9 +1391,10 @@ def train(cfg, world):
     flops = training_flops(cfg, tok) if world.device.type == "cuda" else {}
     trainer = Trainer(cfg, tok, world, vfm, length_scale)
     ema = {}
-    for name, p in tok.named_parameters():
-        if cfg.method == "aligntok" or not name.startswith("vfm."):  # VFM-VAE's never trains
-            ema[name] = entries["ema"][name].to(world.device) if entries else p.detach().clone()
+    with reading(path):
+        for name, p in tok.named_parameters():
+            if cfg.method == "aligntok" or not name.startswith("vfm."):  # VFM-VAE's never trains
+                ema[name] = entries["ema"][name].to(world.device) if entries else p.detach().clone()
     if world.rank == 0:
         millions = sum(p.numel() for p in tok.parameters()) / 1e6
         print(f"{cfg.method} on {len(data)} images of {cfg.data}, {cfg.image_size} px; {millions:.1f} M parameters; "
@@ -2042,6 +2045,23 @@ def fetch(url):
     return path
 
 
+class Entries(dict):
+    """A file's, whose missing keys are UserErrors; our checkpoints' have the right types."""
+    types = dict.fromkeys(("arch", "config", "ema", "model", "optimizer", "statistics"), dict) | dict.fromkeys(
+        ("image_size", "images", "skipped", "stage", "step"), int) | dict.fromkeys(
+        ("latent_mean", "latent_std"), torch.Tensor) | dict(classes=list, tokenizer=str)
+
+    def __init__(self, path, entries):
+        super().__init__(entries)
+        self.path = path
+        for key, kind in self.types.items():
+            if "kind" in self and not isinstance(self.get(key, kind()), kind):
+                raise UserError(f"{path} is damaged: its {key} is no {kind.__name__}")
+
+    def __missing__(self, key):
+        raise UserError(f"{self.path} is damaged or of another kind: it lacks {key}")
+
+
 def load_weights(path_or_url):
     """The dictionary in a file (PyTorch's or .safetensors) or at a URL, on the CPU; never unpickles code."""
     path = str(path_or_url)
@@ -2051,7 +2071,7 @@ def load_weights(path_or_url):
         raise UserError(f"no file {path}")
     try:
         if path.endswith(".safetensors"):
-            return read_safetensors(path)
+            return Entries(path, read_safetensors(path))
         mapped = os.name == "posix" and zipfile.is_zipfile(path)  # eight processes do not hold eight copies
         if mapped:
             with zipfile.ZipFile(path) as archive:  # which checks sums, as torch does not
@@ -2061,7 +2081,9 @@ def load_weights(path_or_url):
         entries = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(entries, dict):
             raise ValueError("it holds no state dict")
-        return entries
+        return Entries(path, entries)
+    except UserError:
+        raise
     except Exception as error:  # of damaged or hostile files
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds code ({code[1]}), which is never run" if code else f"{type(error).__name__}: {error}"
@@ -2085,10 +2107,10 @@ def reading(path):
 
 def load_state(module, state, name, ignore=(), **keywords):
     """`load_state_dict` whose complaint is one line; `ignore`: regexes of keys not needed."""
-    state = {k: v for k, v in state.items() if not any(re.match(pattern, k) for pattern in ignore)}
     try:
+        state = {k: v for k, v in state.items() if not any(re.match(pattern, k) for pattern in ignore)}
         module.load_state_dict(state, **keywords)
-    except RuntimeError as error:  # missing, unexpected, misshaped keys
+    except Exception as error:  # missing, unexpected, misshaped keys, other things
         raise UserError(f"{name}: the weights do not fit: {' '.join(str(error).split())[:1000]}")
     return module
 
