@@ -444,6 +444,8 @@ def train_jointly(cfg, paths, world):
     again = os.path.exists(after)
     source = after if again else before
     entries = load_checkpoint(source, "diffusion")
+    if entries["arch"].get("text_tokens"):
+        raise UserError(f"{source} is a text model: joint training takes those of classes")
     start = entries["step"] if again else 0
     settings = [before, cfg.seed, cfg.batch_size, cfg.tokenizer_weight]
     if again and entries["settings"] != settings:

@@ -35,10 +35,10 @@ from typing import Literal
 
 # before torch, for whose threads tokenizer.py sets the environment
 from tokenizer import (
-    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, init_world, leave_signals,
-    lerp_unless, load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader,
-    open_data, parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step, step_batches,
-    step_unless, time_steps, to_float, write_json)
+    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, init_world, lerp_unless,
+    load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
+    parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
+    time_steps, to_float, write_json)
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 
@@ -664,6 +664,8 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim, text=None):
         cls_dim=vfm_dim if cfg.align == "reg" else 0, z_dim=vfm_dim, projector_dim=cfg.projector_dim,
         encoder_depth=cfg.encoder_depth)
     if text:
+        if not isinstance(text, ShapesText) and text.pooled_dim not in (0, text.dim):
+            raise UserError(f"--text={cfg.text}: its pooled state is {text.pooled_dim} wide, its tokens {text.dim}")
         vocabulary = len(text.words) + 1 if isinstance(text, ShapesText) else 0
         arch.update(
             num_classes=0, qk_norm=True, text_tokens=text.length, vocabulary=vocabulary,
@@ -892,11 +894,7 @@ def train(cfg, world):
 
     # the loop. The loader draws a random number as it starts: not in a step
     order = step_batches(len(latents), cfg.batch_size, cfg.seed, start, cfg.steps, world, cfg.accumulate)
-    cuda = world.device.type == "cuda"
-    loader = DataLoader(
-        latents, batch_sampler=order, collate_fn=dict, num_workers=cfg.workers, pin_memory=cuda,
-        worker_init_fn=leave_signals)
-    loader = iter(loader)
+    loader = iter(make_loader(latents, order, world, cfg.workers, collate=dict))
 
     def next_batch():
         rows = next(loader)

@@ -246,14 +246,14 @@ class Classifier(nn.Module):
             *layer(3, 24, 4, 2), *layer(24, 48, 3, 1), nn.MaxPool2d(2), *layer(48, 96, 3, 1), nn.MaxPool2d(2),
             *layer(96, 128, 3, 1))
         self.head = nn.Linear(128, sum(attribute_counts(self.attributes[:4])))
-        self.layout = nn.Sequential(
+        self.placement = nn.Sequential(
             *layer(48, 64, 3, 1), *layer(64, 64, 3, 1), nn.Flatten(),
             nn.Linear(64 * 8 * 8, sum(attribute_counts(self.attributes[4:]))))
 
     def logits(self, x):  # float [B, 3, 32, 32]
         maps = self.body[:7](x)  # [B, 48, 8, 8]: at the last one's 4 x 4 edges are lost
         features = self.body[7:](maps).mean((2, 3))
-        return torch.cat([self.head(features), self.layout(maps.detach())], 1)
+        return torch.cat([self.head(features), self.placement(maps.detach())], 1)
 
     def resize(self, images):
         return F.interpolate(to_float(images), (32, 32), mode="bilinear", antialias=True)
@@ -709,7 +709,7 @@ def score_captions(named, asked):
     everything = right.all(1)
     shape, hue, _, ground, *_ = asked.T
     differ = hue != ground
-    left_out = (shape + hue) % 10 == 0  # as in Shapes.in_text_training
+    left_out = Shapes.left_out(shape, hue)
 
     def share(rows):
         return float(rows.mean()) if len(rows) else None

@@ -74,9 +74,11 @@ def tokenizer_beside(path, entries):
 
 def load_pipeline(cfg, world):
     """-> (model, guide or None, tokenizer, mean, std [C]), ready to sample."""
-    path = cfg.ckpt or f"{cfg.out}/diffusion{'-text' if cfg.prompt or cfg.prompts else ''}.pt"
+    text = cfg.prompt or cfg.prompts
+    path = cfg.ckpt or f"{cfg.out}/{'diffusion-text' if text else 'diffusion'}.pt"
     if not os.path.exists(path):
-        raise UserError(f"no diffusion model at {path}: run diffusion.py first, or give --ckpt")
+        first = "diffusion.py --text=toy" if text else "diffusion.py"
+        raise UserError(f"no diffusion model at {path}: run {first} first, or give --ckpt")
     model = load_diffusion(path, **(dict(num_heads=cfg.num_heads) if cfg.num_heads else {}))
     guide = load_diffusion(cfg.guide) if cfg.guide else None
     stats = model.about
@@ -139,7 +141,7 @@ def read_conditions(cfg, model, world):
         if name != "toy":
             raise UserError("a text model needs --prompt or --prompts")
         shapes = Shapes("val")
-        prompts = [shapes.caption(i) for i in range(cfg.n or 1000)]
+        prompts = [shapes.caption(i) for i in range(cfg.n or 1_000)]
     text.ids([*prompts, cfg.negative])  # complains of unknown words before all work
     return prompts, lambda some: caption_states(text, text.ids(some).to(world.device))
 
@@ -149,7 +151,11 @@ def write_samples(cfg, world):
     grid; OUT/samples.npz. What is there, of the same settings, stays."""
     model, guide, tokenizer, mean, std = load_pipeline(cfg, world)
     conditions, condition = read_conditions(cfg, model, world)
-    n = cfg.n or (4 * len(conditions) if cfg.prompt else 1_000 if cfg.preset == "toy" else 50_000)
+    n = cfg.n
+    if not n and cfg.prompt:
+        n = 4 * len(conditions)
+    elif not n:
+        n = 1_000 if cfg.preset == "toy" else 50_000
     asked = [conditions[i % len(conditions)] for i in range(n)]
     negative = condition([cfg.negative])[0] if cfg.negative else None
     out = Path(cfg.out)

@@ -1586,7 +1586,7 @@ def test_spoiled_checkpoints_are_not_resumed():
         cases = [({k: v for k, v in entries.items() if k != key}, key) for key in keys]
         cases += [(dict(entries, **{key: torch.ones(2)}), key) for key in keys[:7]]
         cases += [(dict(entries, ema=ema), first), (dict(entries, ema={**ema, first: torch.ones(7, 7)}), first),
-                  (dict(entries, optimizer={}), "state"), (dict(entries, gan=[1]), "cannot read")]
+                  (dict(entries, optimizer={}), "state"), (dict(entries, gan=[1]), "is damaged")]
         for spoilt, word in cases:
             tokenizer.save_checkpoint(path, **spoilt)
             fails(lambda: tokenizer.train(cfg, WORLD), "tokenizer.pt", word)
@@ -2771,8 +2771,8 @@ def test_text_training_and_sampling():
         calls = [call.args for call in read.call_args_list if call.args[0].rows.shape != (32,)]
         assert calls and all((mirror == 0).all() for _, _, mirror in calls)
         asked = torch.cat([index for _, index, _ in calls]).numpy()
-        shapes = Shapes("train")
-        assert shapes.in_text_training(asked).all() and not shapes.in_text_training(np.arange(64)).all()
+        shown = tokenizer.open_data(cfg, "train", 32).in_text_training()
+        assert shown[asked].all() and not shown.all()
         whole = load(f"{cfg.out}/diffusion-text.pt")
         parts = changed(cfg, out=f"{folder}/parts", tokenizer=f"{cfg.out}/tokenizer.pt", save_interval=0)
         stop_in(lambda: diffusion.train(parts, WORLD), 2)
@@ -2798,6 +2798,9 @@ def test_text_training_and_sampling():
         assert not sampled(cfg.out).items() <= many.items()
         fails(lambda: command(sample, *flags, "--prompt=a red cow"), "words")
         fails(lambda: command(sample, *flags, f"--prompts={folder}/none"), "no file")
+        fails(lambda: command(sample, "--prompt=a", f"--out={folder}/none"), "diffusion.py --text=toy")
+        flag = f"--out={folder}/joint"
+        fails(lambda: command(align, f"{cfg.out}/diffusion-text.pt", "--steps=1", flag), "joint training", "classes")
         train_diffusion(changed(cfg, text=""))
         fails(lambda: command(sample, *flags, f"--ckpt={cfg.out}/diffusion.pt", "--prompt=a red star"), "classes")
 
@@ -3544,7 +3547,7 @@ def test_geneval_counts():
     val = Shapes("val", 32)
     asked = np.array([[fid.read_caption(val.caption(i))[key] for key in fid.Classifier.attributes] for i in range(200)])
     named = asked.copy()
-    named[~val.in_text_training(np.arange(200)), 0] += 1
+    named[val.left_out(asked[:, 0], asked[:, 1]), 0] += 1
     scores = fid.score_captions(named, asked)
     assert scores["shape_seen"] == 1 and scores["shape_left_out"] == 0
 
@@ -3595,11 +3598,11 @@ def test_layout_leaves_the_judge_alone():
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 net = fid.Classifier()
-            before = net.layout[-1].weight.clone()
+            before = net.placement[-1].weight.clone()
             logits = net.logits if count == 6 else lambda x: net.head(net.body(x).mean((2, 3)))
             quiet(tokenizer.train_on_shapes, "", net, lambda x: [logits(x)], net.attributes[:count], folder, "cpu",
                   images=64, batch=16, lr=1e-2)
-            assert torch.equal(before, net.layout[-1].weight) == (count == 4)
+            assert torch.equal(before, net.placement[-1].weight) == (count == 4)
             states.append({key: value for key, value in net.state_dict().items() if "layout" not in key})
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 

@@ -2517,9 +2517,10 @@ class Images(Dataset):
         return self.source.caption(index)
 
     def in_text_training(self):
-        """[n] bools."""
+        """[n] bools: which images text training sees."""
         if isinstance(self.source, Shapes):
-            return self.source.in_text_training(np.arange(len(self)))
+            a = self.source.attributes(np.arange(len(self)))
+            return ~Shapes.left_out(a["shape"], a["hue"])
         return np.ones(len(self), bool)
 
     def identity(self):
@@ -2608,11 +2609,11 @@ def step_batches(n, batch, seed, start, stop, world, accumulate=1):
             yield mine[k:k + size]
 
 
-def make_loader(dataset, sampler, world, workers):
+def make_loader(dataset, sampler, world, workers, collate=None):
     """Batches of (uint8 [b, 3, S, S], labels [b]) from `step_batches` or any batch sampler."""
     return DataLoader(
         dataset, batch_sampler=sampler, num_workers=workers, pin_memory=world.device.type == "cuda",
-        worker_init_fn=leave_signals)
+        worker_init_fn=leave_signals, collate_fn=collate)
 
 
 def leave_signals(worker):
@@ -2690,10 +2691,10 @@ class Shapes(Dataset):
         return (f"a {size} {self.hues[a['hue']]} {self.classes[a['shape']]} at the {place} "
                 f"on a {self.hues[a['ground']]} background, {self.textures[a['texture']]}")
 
-    def in_text_training(self, indices):
-        """[n] bools: one in ten pairs of shape and hue is left out, to see if it composes."""
-        a = self.attributes(indices)
-        return (a["shape"] + a["hue"]) % 10 != 0
+    @staticmethod
+    def left_out(shape, hue):
+        """Of text training, to see if it composes: one pair in ten."""
+        return (shape + hue) % 10 == 0
 
     def draw(self, indices):
         """uint8 [n, 3, size, size]."""
@@ -3014,10 +3015,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-
-    @property
-    def layout(self):  # of convolutions
-        return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+    layout = torch.channels_last  # of convolutions; on the CPU, too, 0.8 of the time
 
     def autocast(self):  # bf16 on CUDA, float32 on the CPU
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
