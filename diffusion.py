@@ -664,13 +664,13 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim, text=None):
         cls_dim=vfm_dim if cfg.align == "reg" else 0, z_dim=vfm_dim, projector_dim=cfg.projector_dim,
         encoder_depth=cfg.encoder_depth)
     if text:
-        if not isinstance(text, ShapesText) and text.pooled_dim not in (0, text.dim):
+        if not isinstance(text, ShapesText) and text.pooled_dim != text.dim:
             raise UserError(f"--text={cfg.text}: its pooled state is {text.pooled_dim} wide, its tokens {text.dim}")
         vocabulary = len(text.words) + 1 if isinstance(text, ShapesText) else 0
         arch.update(
             num_classes=0, qk_norm=True, text_tokens=text.length, vocabulary=vocabulary,
             text_dim=arch["hidden_size"] if vocabulary else text.dim,
-            text_pooled=not vocabulary and text.pooled_dim > 0)
+            text_pooled=not vocabulary)
     with torch.device("meta"):
         DiT(**arch)  # complains before hours of encoding
     return arch
@@ -765,8 +765,8 @@ def caption_states(text, ids):
     """The DiT's y of captions' ids [B, L]: the toy's themselves, else the encoder's states, the pooled one last."""
     if isinstance(text, ShapesText):
         return ids.long()
-    tokens, pooled = text.encode(ids)  # [B, L, D], [B, D] or None
-    return tokens if pooled is None else torch.cat((tokens, pooled[:, None]), 1)
+    tokens, pooled = text.encode(ids)  # [B, L, D], [B, D]
+    return torch.cat((tokens, pooled[:, None]), 1)
 
 
 def normalise_rows(rows, mean, std, text=None):

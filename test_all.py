@@ -765,14 +765,13 @@ def text_folder(folder, name, tower=True, tokens=True):
         Path(f"{folder}/vocab.json").write_text(json.dumps(file["vocab"]))
         Path(f"{folder}/merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, file["merges"])]) + "\n")
     elif tokens:
-        file = g["tokenizers"]["gemma_bpe" if name == "siglip2" else "t5_unigram"]["file"]
-        Path(f"{folder}/tokenizer.json").write_text(json.dumps(file))
-    return {} if name == "t5" else dict(num_heads=4)
+        Path(f"{folder}/tokenizer.json").write_text(json.dumps(g["tokenizers"]["gemma_bpe"]["file"]))
+    return dict(num_heads=4)
 
 
 def test_text_towers_golden():
-    """SigLIP2's, CLIP's and T5's states and pooled vectors are transformers'."""
-    for name in ("siglip2", "clip", "t5"):
+    """SigLIP2's and CLIP's states and pooled vectors are transformers'."""
+    for name in ("siglip2", "clip"):
         g = golden("text")["towers"][name]
         ids = torch.tensor(g["ids"], dtype=torch.int32)
         with tempfile.TemporaryDirectory() as folder:
@@ -780,21 +779,14 @@ def test_text_towers_golden():
             encoder = tokenizer.load_text(folder, **heads)
             tokens, pooled = encoder.encode(ids)
             assert not encoder.training and not tokens.requires_grad and encoder.dim == tokens.shape[2] == 64
-            check(tokens, g["tokens_padding_masked" if name == "t5" else "tokens"], 1e-5, 1e-5)
-            if name == "t5":
-                assert pooled is None and encoder.pooled_dim == 0
-                whole = tokenizer.load_text(f"{folder}/model.safetensors", masked=False, length=40)
-                check(whole.encode(ids)[0], g["tokens_unmasked"], 1e-5, 1e-5)
-                assert whole.length == 40 and encoder.length == 120
-            else:
-                check(pooled, g["pooled"], 1e-5, 1e-5)
-                assert encoder.length == 16 and encoder.pooled_dim == pooled.shape[1] == (40 if name == "clip" else 64)
+            check(tokens, g["tokens"], 1e-5, 1e-5)
+            check(pooled, g["pooled"], 1e-5, 1e-5)
+            assert encoder.length == 16 and encoder.pooled_dim == pooled.shape[1] == (40 if name == "clip" else 64)
 
 
 def test_text_tokens_golden():
     """The ids of all golden prompts are those of the tokenizers package; cut with their end, padded."""
-    for name, key, first, end, pad in (
-            ("siglip2", "gemma_bpe", [], 1, 0), ("clip", "clip_bpe", [0], 1, 1), ("t5", "t5_unigram", [], 1, 0)):
+    for name, key, first, end, pad in ("siglip2", "gemma_bpe", [], 1, 0), ("clip", "clip_bpe", [0], 1, 1):
         cases = golden("text")["tokenizers"][key]["cases"]
         with tempfile.TemporaryDirectory() as folder:
             encoder = tokenizer.load_text(folder, **text_folder(folder, name))
@@ -808,29 +800,13 @@ def test_text_tokens_golden():
 
 
 def test_text_merges():
-    """Pairs merge by rank, leftmost first, also where a merge makes a pair of lower rank; long texts are quick."""
+    """Pairs merge by rank, leftmost first, also where a merge makes a pair of lower rank."""
     ranks = tokenizer.merge_ranks(["ab c", ["a", "b"], "b a", "c abc"])
     assert tokenizer.merge_pairs("abab", ranks) == ["ab", "ab"]
     assert tokenizer.merge_pairs("abcbabc", ranks) == ["abc", "b", "abc"]
     assert tokenizer.merge_pairs("cabc", ranks) == ["cabc"]
     assert tokenizer.merge_pairs("aaaaa", {("a", "a"): 0, ("aa", "a"): 1}) == ["aa", "aaa"]
-    start = time.perf_counter()
-    assert len(tokenizer.merge_pairs("ab" * 50_000, ranks)) == 50_000
-    assert time.perf_counter() - start < 5
-
-
-def test_t5_normalisation():
-    """With SentencePiece's own map tabs and zero-width marks are spaces, other controls go, the wide tilde stays."""
-    with tempfile.TemporaryDirectory() as folder:
-        text_folder(folder, "t5")
-        path = Path(folder, "tokenizer.json")
-        file = json.loads(path.read_text())
-        file["normalizer"]["normalizers"][0] = dict(type="Precompiled", precompiled_charsmap="")
-        file["model"]["vocab"] += [["~", -1.0], ["\uff5e", -1.0]]
-        path.write_text(json.dumps(file))
-        encoder = tokenizer.load_text(folder)
-        ids = encoder.ids(["\ta\u200bstar\x01\n", "a star", "~", "\uff5e"]).tolist()
-        assert ids[0] == ids[1] and ids[2] != ids[3] and not {2} & {i for row in ids for i in row}, ids
+    assert len(tokenizer.merge_pairs("ab" * 50_000, ranks)) == 50_000  # hours, if it were quadratic
 
 
 def test_text_errors():
@@ -848,10 +824,10 @@ def test_text_errors():
         fails(lambda: encoder(["a"]), "tokenizer.json")
         write_safetensors(f"{folder}/model.safetensors", {"stray": torch.zeros(2)})
         fails(lambda: tokenizer.load_text(folder), "no known text encoder")
-        state = {key: torch.zeros(shape) for key, shape in golden("text")["towers"]["t5"]["keys"].items()}
-        del state["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
+        state = {key: torch.zeros(shape) for key, shape in golden("text")["towers"]["siglip2"]["keys"].items()}
+        del state["encoder.layers.1.mlp.fc2.weight"]
         write_safetensors(f"{folder}/model.safetensors", state)
-        fails(lambda: tokenizer.load_text(folder), "blocks.1.wo.weight")
+        fails(lambda: tokenizer.load_text(folder, **heads), "blocks.1.mlp.fc2.weight")
 
 
 # -----------------------------------------------------------------------------
@@ -2746,7 +2722,7 @@ def test_text_stands_before_the_image():
 
 
 def test_text_model_sizes():
-    """2B: 1.990 and 2.002 billion parameters on SigLIP2-L's and T5-XXL's states; FLOPs are counted by part."""
+    """2B: 1.990 and 2.002 billion parameters on states 1,024 (SigLIP2-L) and 4,096 wide; FLOPs are counted by part."""
     depth, width, heads = diffusion.SIZES["2B"]
     for dim, billions in (1024, 1.990), (4096, 2.002):
         with torch.device("meta"):

@@ -2119,24 +2119,14 @@ def load_state(module, state, name, ignore=(), **keywords):
 # Text: towers and their tokens
 
 TEXTS = {name: url for name, (url, _) in VFMS.items() if name.startswith("siglip2")}
-for repo in ("openai/clip-vit-large-patch14", "google/flan-t5-small", "google/flan-t5-base", "google/flan-t5-large"):
-    TEXTS[repo.split("/")[1]] = HUB.format(repo)
+TEXTS["clip-vit-large-patch14"] = HUB.format("openai/clip-vit-large-patch14")
 
-TEXT_KEYS = {  # of SigLIP2's and CLIP's text towers, before VIT_KEYS
+TEXT_KEYS = {  # before VIT_KEYS
     r"^text_model\.": "",
     r"^embeddings\.token_embedding\.": "embed.",
     r"^final_layer_norm\.": "norm.",
     r"^(head|text_projection)\.": "project."}
 TEXT_UNUSED = r"vision_model|visual_projection|logit_"
-T5_KEYS = {
-    r"^shared\.": "embed.",
-    r"^encoder\.final_layer_norm\.": "norm.",
-    r"^encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.": "bias.",
-    r"^encoder\.block\.": "blocks.",
-    r"\.layer\.(0\.SelfAttention|1\.DenseReluDense)\.": ".",
-    r"\.layer\.0\.layer_norm\.": ".norm1.",
-    r"\.layer\.1\.layer_norm\.": ".norm2."}
-T5_UNUSED = r"decoder|lm_head|encoder\.embed_tokens"
 SPACE = r"[^\S\x1c-\x1f]"  # Unicode's White_Space
 
 
@@ -2214,50 +2204,27 @@ def clip_tokens(read):
     return [vocab["<|startoftext|>"]], end, end, tokens
 
 
-def t5_tokens(read):
-    """T5's: each word's most probable pieces; a run of unknown characters is one 2."""
-    file = json.loads(read("tokenizer.json"))
-    scores = {piece: (score, i) for i, (piece, score) in enumerate(file["model"]["vocab"])}
-    unknown = min(score for score, _ in scores.values()) - 10
-    longest = max(map(len, scores))
-    controls = {}
-    if "Precompiled" in json.dumps(file["normalizer"]):  # SentencePiece's nmt_nfkc: controls go or become spaces
-        controls = dict.fromkeys([*range(1, 9), 11, *range(14, 32), 127, 143, 159])
-        controls |= dict.fromkeys([9, 10, 12, 13, 0x1680, *range(0x200b, 0x2010), 0x2028, 0x2029, 0x2581, 0xfeff,
-                                   0xfffd], " ")
-
-    @functools.lru_cache(1 << 16)
-    def word_tokens(word):
-        best = [(0.0, 0, None)] + [(-math.inf, 0, None)] * len(word)  # by end: sum of scores, last piece's start, id
-        for start in range(len(word)):
-            for end in range(start + 1, min(start + longest, len(word)) + 1):
-                score, token = scores.get(word[start:end], (unknown if end == start + 1 else -math.inf, 2))
-                if best[start][0] + score > best[end][0]:
-                    best[end] = best[start][0] + score, start, token
-        tokens = []
-        end = len(word)
-        while end:
-            _, end, token = best[end]
-            if token != 2 or tokens[-1:] != [2]:
-                tokens.append(token)
-        return tokens[::-1]
-
-    def tokens(text):
-        kept = "(\uff5e)" if controls else "$^"  # the one character that nmt_nfkc leaves
-        text = "".join(
-            part if controls and part == "\uff5e" else unicodedata.normalize("NFKC", part)
-            for part in re.split(kept, text.translate(controls)))
-        text = re.sub(f"^{SPACE}+|{SPACE}+$", "", re.sub("  +", " ", text)).replace(" ", "▁")
-        if text and text[0] != "▁":
-            text = "▁" + text
-        return [token for word in re.findall("▁[^▁]*", text) for token in word_tokens(word)]
-
-    return [], 1, 0, tokens
-
-
 class TextEncoder(nn.Module):
-    """encoder(texts) -> (tokens [B, L, D], pooled [B, pooled_dim] or None): ids(texts) -> int32 [B, L], cut and padded;
-    encode(ids). dim: D, length: L, pooled_dim: 0 if none. The tokenizer's files are read when first needed."""
+    """SigLIP2's text tower (bidirectional, pooled at the last place) or CLIP's (causal, pooled at the first end).
+
+    encoder(texts) -> (tokens [B, L, D], pooled [B, pooled_dim]); or ids(texts) -> int32 [B, L], cut and padded, then
+    encode(ids). dim: D, length: L. The tokenizer's files are read when first needed."""
+
+    def __init__(self, root, vocab, length, dim, pooled_dim, depth, num_heads, hidden, clip):
+        super().__init__()
+        self.root = root
+        self.length = length
+        self.dim = dim
+        self.pooled_dim = pooled_dim
+        self.clip = clip
+        self.make_tokens = clip_tokens if clip else gemma_tokens
+        eps = 1e-5 if clip else 1e-6
+        self.embed = nn.Embedding(vocab, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, length, dim))
+        block = dim, num_heads, hidden, "gelu_quick" if clip else "gelu_tanh", False, eps, clip
+        self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps)
+        self.project = nn.Linear(dim, pooled_dim, bias=not clip)
 
     def read(self, name):
         """The text of a file beside the weights."""
@@ -2285,26 +2252,6 @@ class TextEncoder(nn.Module):
     def forward(self, texts):
         return self.encode(self.ids(texts).to(self.embed.weight.device))
 
-
-class TextTower(TextEncoder):
-    """SigLIP2's (bidirectional, pooled at the last place) or CLIP's (causal, pooled at the first end)."""
-
-    def __init__(self, root, vocab, length, dim, pooled_dim, depth, num_heads, hidden, clip):
-        super().__init__()
-        self.root = root
-        self.length = length
-        self.dim = dim
-        self.pooled_dim = pooled_dim
-        self.clip = clip
-        self.make_tokens = clip_tokens if clip else gemma_tokens
-        eps = 1e-5 if clip else 1e-6
-        self.embed = nn.Embedding(vocab, dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, length, dim))
-        block = dim, num_heads, hidden, "gelu_quick" if clip else "gelu_tanh", False, eps, clip
-        self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps)
-        self.project = nn.Linear(dim, pooled_dim, bias=not clip)
-
     def encode(self, ids):  # [B, L]
         x = self.embed(ids) + self.pos_embed  # [B, L, D]
         for block in self.blocks:
@@ -2316,61 +2263,9 @@ class TextTower(TextEncoder):
         return x, self.project(x[torch.arange(len(x), device=x.device), end])  # [B, pooled_dim]
 
 
-class T5Block(nn.Module):
-    def __init__(self, dim, num_heads, inner, hidden):
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.RMSNorm(dim, 1e-6)
-        self.q, self.k, self.v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, dim, bias=False)
-        self.norm2 = nn.RMSNorm(dim, 1e-6)
-        self.wi_0, self.wi_1 = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
-        self.wo = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x, bias):  # [B, L, D], [1 or B, heads, L, L]
-        y = self.norm1(x)
-        q, k, v = (part(y).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)  # [B, heads, L, d]
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        y = self.norm2(x)
-        return x + self.wo(F.gelu(self.wi_0(y), approximate="tanh") * self.wi_1(y))
-
-
-class T5(TextEncoder):
-    """The encoder of T5 v1.1 or Flan-T5. `masked`: pads are no keys, and zero (FLUX attends to them)."""
-    pooled_dim = 0
-
-    def __init__(self, root, vocab, dim, depth, num_heads, inner, hidden, length=120, masked=True):
-        super().__init__()
-        self.root = root
-        self.length = length
-        self.dim = dim
-        self.masked = masked
-        self.make_tokens = t5_tokens
-        self.embed = nn.Embedding(vocab, dim)
-        self.bias = nn.Embedding(32, num_heads)
-        self.blocks = nn.ModuleList(T5Block(dim, num_heads, inner, hidden) for _ in range(depth))
-        self.norm = nn.RMSNorm(dim, 1e-6)
-
-    def encode(self, ids):  # [B, L]
-        place = torch.arange(ids.shape[1], device=ids.device)
-        offset = place - place[:, None]  # key - query
-        far = 8 + ((offset.abs().clamp(1).float() / 8).log() / math.log(16) * 8).long()
-        bucket = torch.where(offset.abs() < 8, offset.abs(), far.clamp(max=15)) + 16 * (offset > 0)
-        bias = self.bias(bucket).permute(2, 0, 1)[None]  # [1, heads, L, L]
-        x = self.embed(ids)  # [B, L, D]
-        if self.masked:
-            bias = bias.masked_fill((ids == 0)[:, None, None], torch.finfo(bias.dtype).min)
-        for block in self.blocks:
-            x = block(x, bias)
-        x = self.norm(x)
-        return (x * (ids != 0)[..., None] if self.masked else x), None
-
-
 def load_text(name_or_path, **overrides):
     """A frozen TextEncoder: a name in TEXTS (fetched once), a file of weights or a folder of .safetensors, with
-    tokenizer.json (SigLIP2, T5) or vocab.json and merges.txt (CLIP) beside them. `overrides`: num_heads of SigLIP2 and
-    CLIP; T5's length (120), masked."""
+    tokenizer.json (SigLIP2) or vocab.json and merges.txt (CLIP) beside them. `overrides`: num_heads."""
     name = str(name_or_path)
     path = TEXTS.get(name, name)
     if "://" not in path and not os.path.exists(path):
@@ -2386,25 +2281,15 @@ def load_text(name_or_path, **overrides):
     for file in files:
         state.update(load_weights(file))
     try:
-        if "encoder.final_layer_norm.weight" in state:
-            state = rename(state, T5_KEYS, T5_UNUSED)
-            inner, dim = state["blocks.0.q.weight"].shape
-            config = dict(
-                dim=dim, depth=count_parts(state, "blocks."), num_heads=state["bias.weight"].shape[1], inner=inner,
-                hidden=len(state["blocks.0.wi_0.weight"]))
-            Encoder = T5
-        else:
-            state = to_vit_keys(rename(state, TEXT_KEYS, TEXT_UNUSED))
-            _, length, dim = state["pos_embed"].shape
-            config = dict(
-                length=length, dim=dim, pooled_dim=len(state["project.weight"]), depth=count_parts(state, "blocks."),
-                num_heads=16 if dim == 1152 else max(1, dim // 64), hidden=len(state["blocks.0.mlp.fc1.weight"]),
-                clip="project.bias" not in state)
-            Encoder = TextTower
-        config["vocab"] = len(state["embed.weight"])
+        state = to_vit_keys(rename(state, TEXT_KEYS, TEXT_UNUSED))
+        _, length, dim = state["pos_embed"].shape
+        config = dict(
+            vocab=len(state["embed.weight"]), length=length, dim=dim, pooled_dim=len(state["project.weight"]),
+            depth=count_parts(state, "blocks."), num_heads=16 if dim == 1152 else max(1, dim // 64),
+            hidden=len(state["blocks.0.mlp.fc1.weight"]), clip="project.bias" not in state)
     except (KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{name} holds no known text encoder: it lacks or misshapes {error}")
-    encoder = load_state(Encoder(root, **{**config, **overrides}), state, name).requires_grad_(False).eval()
+    encoder = load_state(TextEncoder(root, **{**config, **overrides}), state, name).requires_grad_(False).eval()
     encoder.name = name
     return encoder
 
