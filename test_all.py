@@ -806,7 +806,7 @@ def test_text_merges():
     assert tokenizer.merge_pairs("abcbabc", ranks) == ["abc", "b", "abc"]
     assert tokenizer.merge_pairs("cabc", ranks) == ["cabc"]
     assert tokenizer.merge_pairs("aaaaa", {("a", "a"): 0, ("aa", "a"): 1}) == ["aa", "aaa"]
-    assert len(tokenizer.merge_pairs("ab" * 50_000, ranks)) == 50_000  # hours, if it were quadratic
+    assert len(tokenizer.merge_pairs("ab" * 50_000, ranks)) == 50_000
 
 
 def test_text_errors():
@@ -3566,7 +3566,7 @@ def test_geneval_command():
         fails(lambda: judged(["a red star"] * 30), "not a caption of shapes", "REFERENCE")
 
 
-def test_layout_leaves_the_judge_alone():
+def test_placement_leaves_the_judge_alone():
     """The Classifier's features and other heads come out the same to the bit, trained with place and size or not."""
     states = []
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(Shapes.lengths, train=64):
@@ -3579,7 +3579,7 @@ def test_layout_leaves_the_judge_alone():
             quiet(tokenizer.train_on_shapes, "", net, lambda x: [logits(x)], net.attributes[:count], folder, "cpu",
                   images=64, batch=16, lr=1e-2)
             assert torch.equal(before, net.placement[-1].weight) == (count == 4)
-            states.append({key: value for key, value in net.state_dict().items() if "layout" not in key})
+            states.append({key: value for key, value in net.state_dict().items() if "placement" not in key})
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
