@@ -108,6 +108,7 @@ class Config:
     checkpointing: bool = False  # recompute blocks backward
     fsdp: bool = False  # shard all of it (FSDP2)
     bench: int = 0  # time so many steps on random latents
+    peak_tflops: float = 0.0  # the device's, for MFU; 0: PEAK_TFLOPS
     # intervals, in steps
     log_interval: Positive = 100  # of the log
     val_interval: int = 5_000  # of validation (0: at the end)
@@ -928,14 +929,21 @@ def train(cfg, world):
         print(f"{path} has its {cfg.steps:,} steps; --resume=0 starts afresh")
 
 
+def bench_arch(cfg):
+    """The preset's DiT arguments."""
+    dim = load_vfm(cfg.align_vfm, pretrained=False).embed_dim if cfg.align != "none" else 0
+    return model_arch(cfg, 32, *((4, 10) if cfg.model == "toy" else (16, 1000)), dim)
+
+
 def bench(cfg, world):
     """Times training steps on random latents."""
-    dim = load_vfm(cfg.align_vfm, pretrained=False).embed_dim if cfg.align != "none" else 0
-    parts = build(cfg, world, model_arch(cfg, 32, 16, 1000, dim))
+    arch = bench_arch(cfg)
+    parts = build(cfg, world, arch)
     n = cfg.batch_size // world.size // cfg.accumulate
+    side = arch["input_size"]
     with world.device:
-        tokens = torch.randn(n, 1 + parts[0].grid ** 2, dim)
-        batch = dict(latents=torch.randn(n, 32, 16, 16), labels=parts[0].null(n), tokens=tokens)
+        tokens = torch.randn(n, 1 + parts[0].grid ** 2, arch["z_dim"])
+        batch = dict(latents=torch.randn(n, 32, side, side), labels=parts[0].null(n), tokens=tokens)
 
     def step():
         train_step(*parts, [batch] * cfg.accumulate, cfg, world, 0)
@@ -1120,7 +1128,7 @@ def latent_statistics(latents):
 def run():
     cfg = parse_config(Config, PRESETS)
     action = bench if cfg.bench else train
-    action(cfg, init_world(cfg.out, cfg.cache))
+    action(cfg, init_world(cfg.out, cfg.cache, peak_tflops=cfg.peak_tflops))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 # before torch, for whose threads tokenizer.py sets the environment
-from diffusion import Sampling, caption_states, generate, guided, load_diffusion, ode, sde
+from diffusion import PRESETS as DIFFUSION_PRESETS
+from diffusion import Config as DiffusionConfig
+from diffusion import DiT, Sampling, bench_arch, caption_states, generate, guided, load_diffusion, ode, sde
 from tokenizer import (
     Images, Positive, Shapes, ShapesText, UserError, fingerprint, init_world, load_text, load_tokenizer, load_weights,
     main, make_loader, parse_config, read_json, replacing, save_grid, time_steps, to_float, to_uint8, write_json)
@@ -53,7 +55,8 @@ class Config:
     # machine and output
     compile: bool = torch.cuda.is_available()  # the model
     npz: bool = True  # also write OUT/samples.npz (ADM's format)
-    bench: int = 0  # time so many guided evaluations
+    bench: int = 0  # time so many guided evaluations: of --ckpt, or random weights of the preset's size
+    peak_tflops: float = 0.0  # the device's, for MFU; 0: PEAK_TFLOPS
     reconstruct: str = ""  # folder of images: just reconstruct them
 
 
@@ -98,11 +101,16 @@ def load_pipeline(cfg, world):
     if not tokenizer.z_dim == model.in_channels == len(mean) == len(std):
         raise UserError(f"{path}, its tokenizer and its statistics are of latents of other widths")
     for net in filter(None, (model, guide)):
-        net.projectors = torch.nn.ModuleList()  # only for training
-        net.to(world.device)
-        if cfg.compile:
-            net.forward = torch.compile(net.forward, fullgraph=True, dynamic=False)
+        prepare(net, cfg, world)
     return model, guide, tokenizer, mean, std
+
+
+def prepare(model, cfg, world):
+    model.projectors = torch.nn.ModuleList()  # only for training
+    model.to(world.device)
+    if cfg.compile:
+        model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
+    return model
 
 
 def write_png(path, pixels):
@@ -232,7 +240,13 @@ def reconstruct(cfg, world):
 
 @torch.no_grad()
 def bench(cfg, world):
-    model, guide, *_ = load_pipeline(cfg, world)
+    """Of --ckpt, or of random weights of the preset's size."""
+    guide = None
+    if cfg.ckpt:
+        model, guide, *_ = load_pipeline(cfg, world)
+    else:
+        size = DiffusionConfig(**DIFFUSION_PRESETS[cfg.preset])
+        model = prepare(DiT(**bench_arch(size)).eval(), cfg, world)
     n = cfg.batch_size
     state = [torch.randn(n, model.in_channels, model.input_size, model.input_size, device=world.device)]
     if model.cls_dim:
@@ -249,7 +263,7 @@ def bench(cfg, world):
 
 def run():
     cfg = parse_config(Config, PRESETS)
-    world = init_world(cfg.out)
+    world = init_world(cfg.out, peak_tflops=cfg.peak_tflops)
     if cfg.bench:
         bench(cfg, world)
     elif cfg.reconstruct:

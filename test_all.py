@@ -1480,9 +1480,9 @@ def test_tokenizer_flops():
 
 
 def test_mfu():
-    """Half of eight H200's peak is 0.5; an unknown device has none."""
-    with mock.patch.object(torch.cuda, "get_device_name", return_value="NVIDIA H200"):
-        assert tokenizer.World(0, 8, torch.device("cuda")).mfu(989e9, 4000.0) == 0.5
+    """Half of eight devices' peak is 0.5; an unknown device has none."""
+    assert tokenizer.World(0, 8, torch.device("cuda"), tokenizer.PEAK_TFLOPS["H200"]).mfu(989e9, 4000.0) == 0.5
+    assert tokenizer.init_world(peak_tflops=2.0).mfu(1e9, 1000.0) == 0.5
     assert WORLD.mfu(1.0, 1.0) is None
 
 
@@ -1666,13 +1666,14 @@ def test_bench():
     """--bench prints one line of JSON a stage, counts all micro-batches' images, and writes nothing."""
     with tempfile.TemporaryDirectory() as folder:
         output = command(tokenizer, "--bench=2", "--method=vavae", "--recipe=paper", "--batch_size=4", "--accumulate=2",
-                         "--ch_mult=1,1,1,1", f"--out={folder}/out", f"--cache={folder}/out")
+                         "--ch_mult=1,1,1,1", f"--out={folder}/out", f"--cache={folder}/out", "--peak_tflops=0.5")
         lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         assert len(lines) == 3 and not os.listdir(folder)
         for line in lines:
             assert line["images"] == 4 and 0 < line["ms_min"] <= line["ms"] <= line["ms_max"]
             np.testing.assert_allclose(line["images_per_second"], 4000 / line["ms"], rtol=1e-2)
-            assert line["tflops"] > 0 and line["mfu"] is None
+            assert line["tflops"] > 0 and 0.1 < line["peak_gib"] < 20 and line["gpu_waits"] is None
+            np.testing.assert_allclose(line["mfu"], line["tflops"] / 0.5, rtol=1e-3)
 
 
 
@@ -2623,12 +2624,23 @@ def test_sampling_bench(folder, cfg):
     """--bench=2 evaluates the model 3 + 2 times on both halves of the batch; without guidance on the one."""
     for scale, rows in (3.0, 8), (1.0, 4):
         with mock.patch.object(diffusion.DiT, "forward", autospec=True, side_effect=diffusion.DiT.forward) as forward:
-            result = json.loads(quiet(sample.bench, changed(cfg, bench=2, batch_size=4, cfg_scale=scale), WORLD))
+            ckpt = f"{cfg.out}/diffusion.pt"
+            flags = dict(ckpt=ckpt, bench=2, batch_size=4, cfg_scale=scale)
+            result = json.loads(quiet(sample.bench, changed(cfg, **flags), WORLD))
         assert [len(each.args[1]) for each in forward.call_args_list] == [rows] * 5
         flops = result["tflops"] / result["images_per_second"] * 1e12
-        model = diffusion.load_diffusion(f"{cfg.out}/diffusion.pt")
+        model = diffusion.load_diffusion(ckpt)
         model.projectors = nn.ModuleList()
         assert abs(flops / (rows / 4 * model.flops()) - 1) < 1e-3
+
+
+def test_sampling_bench_without_checkpoint():
+    """--bench takes random weights of the preset's size: the toy's grid and classes."""
+    with mock.patch.object(diffusion.DiT, "forward", autospec=True, side_effect=diffusion.DiT.forward) as forward:
+        output = command(sample, "--preset=toy", "--bench=1", "--batch_size=2")
+    model, x, _, y = forward.call_args.args
+    assert json.loads(output.splitlines()[-1])["images"] == 2
+    assert x.shape == (4, 32, 4, 4) and model.num_classes == 10 and len(model.blocks) == 4
 
 
 def test_official_files_sample():

@@ -40,6 +40,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import statistics
 import sys
@@ -124,6 +125,7 @@ class Config:
     grid_interval: Positive = 2000  # steps between pictures
     save_interval: Positive = 2000  # steps between checkpoints
     bench: int = 0  # time so many steps of each stage
+    peak_tflops: float = 0.0  # the device's, for MFU; 0: PEAK_TFLOPS
 
 
 PRESETS = dict(
@@ -2891,7 +2893,7 @@ def complaint(error, Config):
 
 
 # dense bf16, NVIDIA's datasheets
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
 
 
 @dataclass
@@ -2900,6 +2902,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    peak_tflops: float = 0.0  # the device's; 0: unknown
     layout = torch.channels_last  # of convolutions; on the CPU, too, 0.8 of the time
 
     def autocast(self):  # bf16 on CUDA, float32 on the CPU
@@ -2907,10 +2910,7 @@ class World:
 
     def mfu(self, flops, rate):
         """At `flops` an image, `rate` images a second over all processes; None on unknown devices."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
-        for gpu, peak in PEAK_FLOPS.items():
-            if gpu in name:
-                return flops * rate / (peak * self.size)
+        return flops * rate / (self.peak_tflops * 1e12 * self.size) if self.peak_tflops else None
 
     def barrier(self):
         """Waits, however long one process alone lists a million files."""
@@ -2946,7 +2946,7 @@ class World:
         return self.sum(tensor.div_(self.size))
 
 
-def init_world(*folders):
+def init_world(*folders, peak_tflops=0.0):
     """Joins torchrun's process group (NCCL on GPUs, gloo on the CPU), or stands alone. Removes from the folders what
     killed runs left half-written."""
     rank = int(os.environ.get("RANK", 0))
@@ -2956,6 +2956,8 @@ def init_world(*folders):
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
+        name = torch.cuda.get_device_name()
+        peak_tflops = peak_tflops or next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), 0.0)
     elif sys.platform == "linux":  # glibc's returned blocks fault: a fifth of a toy step
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -2968,7 +2970,7 @@ def init_world(*folders):
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PATIENCE))
         patient_group()
-    return World(rank, size, device)
+    return World(rank, size, device, peak_tflops)
 
 
 PATIENCE = 600  # seconds that a collective may take, PyTorch's
@@ -3191,7 +3193,8 @@ class Log:
 
 
 def time_steps(title, step, n, images, flops, world):
-    """Times n calls of `step` after three; prints a line of JSON -> it. `images` a call; `flops` an image."""
+    """Times n calls of `step` after three; prints a line of JSON -> it. `images` a call; `flops` an image; `gpu_waits`:
+    the share of the time in which no kernel runs."""
     cuda = world.device.type == "cuda"
 
     def mark():
@@ -3210,10 +3213,19 @@ def time_steps(title, step, n, images, flops, world):
     times = [a.elapsed_time(b) if cuda else 1000 * (b - a) for a, b in zip(marks[2:], marks[3:])]
     ms = statistics.median(times)
     rate = 1000 * images / ms
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    waits = None
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+        kernels = sum(event.self_device_time_total for event in profile.key_averages())  # microseconds
+        waits = max(0.0, 1 - kernels / 1000 / ms)
     result = dict(
         title=title, device=torch.cuda.get_device_name() if cuda else "cpu", processes=world.size, images=images, ms=ms,
         ms_min=min(times), ms_max=max(times), images_per_second=rate, tflops=flops * rate / 1e12,
-        mfu=world.mfu(flops, rate), peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None)
+        mfu=world.mfu(flops, rate), peak_gib=peak / 2 ** 30, gpu_waits=waits)
     result = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}
     if world.rank == 0:
         print(json.dumps(result), flush=True)
@@ -3261,7 +3273,7 @@ def save_grid(images, path, columns, labels=None):
 
 def run():
     cfg = parse_config(Config, PRESETS)
-    world = init_world(cfg.out, cfg.cache)
+    world = init_world(cfg.out, cfg.cache, peak_tflops=cfg.peak_tflops)
     if cfg.bench:
         bench(cfg, world)
     else:
