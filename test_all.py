@@ -1980,6 +1980,26 @@ def test_dit_compiles_whole():
                 torch.testing.assert_close(got, want)
 
 
+@with_tiny_vfm
+def test_every_row_trains_in_bf16():
+    """CUDA's autocast, on the CPU: a step of each of the papers' rows, all losses on, is near float32's."""
+    x = image(2, 3, 32, 32) * 2 - 1
+    low = mock.patch.object(tokenizer.World, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    batch = tokenizer.to_uint8(x), torch.zeros(2, dtype=torch.long)
+    for _, method, stage in every_row("paper"):
+        found = []
+        for autocast in contextlib.nullcontext(), low:
+            trainer = tiny_trainer(method)
+            trainer.start_stage(dataclasses.replace(stage, gan_start_kimg=0.0))
+            wake(trainer)
+            torch.manual_seed(5)
+            with autocast:
+                found.append(trainer.step([batch], 0, 0))
+            assert all(p.dtype == torch.float32 for p in trainer.parameters)
+        for name, value in found[0].items():
+            assert (found[1][name] - value).abs() < 0.1 * value.abs() + 0.02, (method, stage.name, name, found)
+
+
 def test_dit_in_bf16():
     """Autocast changes a REG model's outputs by less than 3%."""
     model = small_dit(**REG)
