@@ -35,6 +35,7 @@ import functools
 import hashlib
 import heapq
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -43,6 +44,7 @@ import re
 import signal
 import statistics
 import sys
+import tarfile
 import textwrap
 import time
 import typing
@@ -66,7 +68,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 
 @dataclass
@@ -80,7 +82,8 @@ class Config:
     resume: bool = True  # go on from OUT/tokenizer.pt
     seed: int = 0  # of weights, batches, noise
     # data
-    data: str = "data/imagenet"  # folder (flat or of classes), shapes, CIFAR10
+    data: str = "data/imagenet"  # folder (flat or of classes), FOLDER/{00000..00099}.tar, shapes, CIFAR10
+    caption_key: str = ""  # captions: this field of each NAME.json; empty: NAME.txt
     data_dir: str = "data"  # torchvision's data sets
     download: bool = False  # fetch them
     skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
@@ -295,11 +298,12 @@ class ViTBlock(nn.Module):
 
 NORMALIZATION = dict(  # mean and std of [0, 1]
     imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    half=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    half=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    clip=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
 
 
 class ViT(nn.Module):
-    """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE.
+    """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE, CLIP.
 
     vit(images [B, 3, H, W] in [-1, 1], layers=(0, 12, -1), cls=False) -> one [B, N, D] per layer: 0 the embedding, i
     block i's output, -1 the normalised last; patch tokens row-major, without registers (cls=True: behind the class
@@ -307,8 +311,8 @@ class ViT(nn.Module):
 
     def __init__(
             self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_hidden=3072,
-            activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False,
-            normalize="imagenet", interpolation="bilinear", antialias=False):
+            activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False, pre_norm=False,
+            eps=1e-6, normalize="imagenet", interpolation="bilinear", antialias=False):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.image_size = image_size
@@ -323,9 +327,10 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02) if class_token else None
         self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 0.02) if registers else None
         self.pos_embed = nn.Parameter(torch.randn(1, positions, embed_dim) * 0.02)
-        block = embed_dim, num_heads, mlp_hidden, activation, layer_scale
+        self.pre_norm = nn.LayerNorm(embed_dim, eps) if pre_norm else nn.Identity()
+        block = embed_dim, num_heads, mlp_hidden, activation, layer_scale, eps
         self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, 1e-6)
+        self.norm = nn.LayerNorm(embed_dim, eps)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION[normalize])
         self.register_buffer("input_scale", 0.5 / std, persistent=False)  # (x / 2 + 1 / 2 - mean) / std
         self.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
@@ -364,6 +369,7 @@ class ViT(nn.Module):
                 first = torch.cat([first, self.register_tokens], 1)
             extra = first.shape[1]
             x = torch.cat([first.expand(len(x), -1, -1), x], 1)  # [B, extra + N, D]
+        x = self.pre_norm(x)
 
         states = {0: x}
         for i, block in enumerate(self.blocks[:self.depth if -1 in layers else max(layers)], 1):
@@ -1822,11 +1828,13 @@ class GAN(nn.Module):
 # --------------------------------------
 # Official weight files
 
-VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DINOv2's own, which are the ViT's
+VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, ViT-MAE, CLIP) and timm's names -> DINOv2's own, which are the ViT's
     r"^(.*\.)?vision_model\.|^(module|backbone|vit|dinov2(_with_registers)?|model)\.": "",
     r"^embeddings\.patch_embedding(s\.projection)?\.": "patch_embed.proj.",
     r"^embeddings\.position_embeddings?(\.weight)?$": "pos_embed",
     r"^embeddings\.(cls_token|register_tokens|mask_token)$": r"\1",
+    r"^embeddings\.class_embedding$": "cls_token",
+    r"^pre_layrnorm\.": "pre_norm.",
     r"^reg_token$": "register_tokens",
     r"^encoder\.layers?\.": "blocks.",
     r"\.(layer_norm|layernorm_)(1|before)\.": ".norm1.",
@@ -1838,7 +1846,7 @@ VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DIN
     r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
     r"^(post_)?layernorm\.": "norm."}
 VIT_UNUSED = (r"mask_token|(head|decoder|text_model|attn_pool|fc_norm|pooler|last_layer|classifier)\b|logit_|"
-              r"embeddings\.position_ids")
+              r"(visual|text)_projection|embeddings\.position_ids")
 
 VFMVAE_KEYS = {  # the released VFM-VAE's names -> ours
     r"^ldm_adapter\.patch_quants\.(\d+)\.0\.blocks\.0\.": r"adapter.levels.\1.",
@@ -1895,6 +1903,9 @@ def to_vit_keys(state):
         parts = [new.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
         new[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     new["pos_embed"] = new["pos_embed"].flatten(0, -2)[None]  # SigLIP's is [N, D]
+    if "pre_norm.weight" in new:  # CLIP's
+        new["cls_token"] = new["cls_token"].view(1, 1, -1)
+        new["patch_embed.proj.bias"] = torch.zeros(len(new["patch_embed.proj.weight"]))
     return new
 
 
@@ -1912,15 +1923,17 @@ def vit_config(state):
     class_position = cls and math.isqrt(n) ** 2 != n
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     dinov2 = "blocks.0.ls1.gamma" in state
+    clip = dict(pre_norm=True, eps=1e-5, activation="gelu_quick", normalize="clip", interpolation="bicubic")
     activation = "gelu" if cls else "gelu_tanh"
     if len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden:
         activation = "swiglu"
-    return dict(
+    config = dict(
         image_size=math.isqrt(n - class_position) * patch, patch_size=patch, embed_dim=width, mlp_hidden=hidden,
         depth=count_parts(state, "blocks."), num_heads=16 if width == 1152 else max(1, width // 64),
         activation=activation, class_token=cls, class_position=class_position, registers=registers, layer_scale=dinov2,
         normalize="imagenet" if cls else "half", interpolation="bicubic" if dinov2 else "bilinear",
         antialias=registers > 0)
+    return {**config, **clip} if "pre_norm.weight" in state else config
 
 
 def from_vfmvae(state):
@@ -1961,9 +1974,14 @@ def from_vfmvae(state):
 
 
 def from_ldm(state):
-    """LDM's autoencoder's (LDM, SD-VAE, VA-VAE) -> (arch, state dict in our names)."""
+    """LDM's autoencoder's (LDM, SD-VAE, VA-VAE, FLUX's) -> (arch, state dict in our names)."""
     new = rename(state, LDM_KEYS, LDM_UNUSED)
     ch = len(new["adapter.conv_in.weight"])
+    if "decoder.post_quant_conv.weight" not in new:  # FLUX's has no quant convolutions
+        width = new["decoder.conv_in.weight"].shape[1]
+        for name, n in ("adapter.quant_conv", 2 * width), ("decoder.post_quant_conv", width):
+            new[f"{name}.weight"] = torch.eye(n)[:, :, None, None]
+            new[f"{name}.bias"] = torch.zeros(n)
     z_channels, z_dim = new["decoder.post_quant_conv.weight"].shape[:2]
     levels = range(count_parts(new, "adapter.down."))
     half = dict(
@@ -1977,7 +1995,7 @@ def from_ldm(state):
 
 
 def load_tokenizer(path, **overrides):
-    """A frozen Tokenizer with averaged weights: ours, an official VFM-VAE's, or one in LDM's format (VA-VAE, SD-VAE).
+    """A frozen Tokenizer with averaged weights: ours, an official VFM-VAE's, or LDM's format (VA-VAE, SD-VAE, FLUX's).
     What shapes do not show is as published, or overridden: num_heads (the VFM's), layers, scale_factor, resolution.
     `about`: what else our checkpoints say."""
     entries = load_weights(path)
@@ -1991,7 +2009,7 @@ def load_tokenizer(path, **overrides):
             state = {**entries["model"], **entries["ema"]}
         elif any(key.startswith("ldm_adapter.") for key in state):
             arch, state = from_vfmvae(state)
-        elif "post_quant_conv.weight" in state:
+        elif "decoder.conv_in.weight" in state:
             arch, state = from_ldm(state)
         else:
             raise UserError(f"{path} is no tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's")
@@ -2295,14 +2313,15 @@ def load_text(name_or_path, **overrides):
 
 
 # --------------------------------------
-# Data: folders, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
+# Data: folders, shards, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
 
-def load_rgb(path):
-    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
+def load_rgb(path, file=None):
+    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied. `file`:
+    open, what lies at that path in a shard."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of odd files and large ones
-            image = ImageOps.exif_transpose(Image.open(path))
+            image = ImageOps.exif_transpose(Image.open(file or path))
             if image.mode[0] in "IF":
                 values = np.asarray(image).astype(np.float64)
                 values = values / (257 if values.max() > 255 else 1)
@@ -2336,17 +2355,137 @@ def list_images(folder):
     return paths
 
 
-class Images(Dataset):
-    """Images at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and `val`),
-    "shapes", or a torchvision data set under `data_dir`. Items are asked for as index, or as (index, key): then
-    augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key. A file that is no
-    image: UserError; with `bad_list` the next index's image and label stand in, and that file lists the path."""
-    bad_list = None
+def expand_ranges(pattern):
+    """a{08..10}.tar -> a08.tar, a09.tar, a10.tar, one by one."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        yield pattern
+        return
+    first, last = found.groups()
+    for i in range(int(first), int(last) + 1):
+        yield from expand_ranges(f"{pattern[:found.start()]}{i:0{len(first)}}{pattern[found.end():]}")
 
-    def __init__(self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out"):
+
+def file_sizes(paths):
+    """[(path, size)] of shards or captions."""
+    try:
+        return [(os.fsdecode(path), os.stat(path).st_size) for path in paths]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+
+@functools.lru_cache(256)
+def open_shard(path, version):  # one that is dropped closes itself
+    return open(path, "rb", 0)
+
+
+class Shards:
+    """Samples in WebDataset's tars, as img2dataset writes them: NAME.jpg (.png, .webp), NAME.txt, NAME.json. Each tar is
+    gone through once; `rows` [n, 5], kept in `cache`, say where its files lie: (shard, image's start and size, caption's
+    start and size). Samples without one of the two are left out, or the captions are where no sample has any."""
+
+    def __init__(self, paths, suffix, cache):
+        files = file_sizes(paths)
+        self.paths = [path for path, _ in files]
+        self.version = fingerprint(files, [os.stat(path).st_mtime_ns for path in self.paths], suffix)
+        index = Path(cache) / f"shards-{self.version[:8]}.npy"
+        with alone(index):  # the first process
+            if not index.exists():
+                rows = []
+                for number in trange(len(files), desc="reading shards", leave=False):
+                    rows += self.find(number, suffix)
+                with replacing(index) as temp, open(temp, "wb") as file:
+                    np.save(file, np.array(rows, np.int64).reshape(-1, 5))
+        self.rows = np.load(index, mmap_mode="r")
+        needed = 5 if self.rows[:, 3].max(initial=-1) >= 0 else 3
+        complete = (self.rows[:, :needed] >= 0).all(1)
+        self.left_out = int((~complete).sum())
+        if self.left_out:
+            self.rows = self.rows[complete]
+        if not len(self.rows):
+            raise UserError(f"no samples of an image and a {suffix} in {', '.join(self.paths[:3])}")
+
+    def find(self, number, captions):
+        """A shard's rows, -1 where a sample lacks a file; captions: their files' suffix."""
+        samples = {}
+        path = self.paths[number]
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    if member.size < 0:  # would lead back, for ever
+                        raise tarfile.ReadError("a negative size")
+                    folder, name = os.path.split(member.name)
+                    name, _, suffix = name.partition(".")
+                    if not member.isfile() or not name:  # hidden
+                        continue
+                    row = samples.setdefault((folder, name), [number, -1, -1, -1, -1])
+                    suffix = f".{suffix.lower()}"
+                    if suffix in torchvision.datasets.folder.IMG_EXTENSIONS:
+                        row[1:3] = member.offset_data, member.size
+                    elif suffix == captions:
+                        row[3:] = member.offset_data, member.size
+        except Exception as error:  # of damaged files
+            raise UserError(f"{path} is no whole, uncompressed tar: {error}".replace("\n", " "))
+        return list(samples.values())
+
+    def __len__(self):
+        return len(self.rows)
+
+    def read(self, shard, start, size):
+        return os.pread(open_shard(self.paths[shard], self.version).fileno(), size, start)
+
+    def __getitem__(self, index):
+        """A sample's name, SHARD/NAME.jpg."""
+        shard, start, *_ = self.rows[index].tolist()
+        header = self.read(shard, start - 512, 512)
+        return os.fsencode(self.paths[shard]) + b"/" + header[:100].split(b"\0")[0]
+
+    def image(self, index):
+        return io.BytesIO(self.read(*self.rows[index, :3].tolist()))
+
+    def caption(self, index):
+        shard, _, _, start, size = self.rows[index].tolist()
+        if size < 0:
+            raise ValueError("there is none")
+        return self.read(shard, start, size)
+
+
+def read_captions(folder):
+    """{relative name: caption} of a folder's captions.json ({name: caption}, or a list of {file_name, caption}) or
+    captions.tsv (name TAB caption); {} without."""
+    found = {}
+    for path in Path(folder, "captions.tsv"), Path(folder, "captions.json"):
+        if path.exists():
+            with reading(path):
+                text = path.read_text("utf-8")
+                if path.suffix == ".tsv":
+                    found.update(line.split("\t", 1) for line in text.split("\n") if line)
+                else:
+                    entries = json.loads(text)
+                    if isinstance(entries, list):
+                        entries = {entry["file_name"]: entry["caption"] for entry in entries}
+                    found.update(entries)
+    return found
+
+
+class Images(Dataset):
+    """Images at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and `val`), tars
+    (see Shards) as FOLDER/{00000..00099}.tar (held-out ones: FOLDER/val/*.tar), "shapes", or a torchvision data set under
+    `data_dir`. Captions: see `caption`. Items are asked for as index, or as (index, key): then augmented (`crop`: a
+    random square of 0.5 to 1 of the short side; `flip`), alike for the same key. A file that is no image: UserError;
+    with `bad_list` the next index's image and label stand in, and that file lists the path."""
+    bad_list = None
+    captioned = False  # an image without a caption is a bad one
+    captions = {}  # a folder's table, if any
+    paths = ()  # of files
+
+    def __init__(
+            self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out",
+            caption_key=""):
         self.size = size
         self.crop = crop
         self.flip = flip
+        self.caption_key = caption_key
         self.note = ""
         if data == "shapes":
             self.source = Shapes(split, size, cache=cache)
@@ -2355,14 +2494,29 @@ class Images(Dataset):
         elif data in torchvision.datasets.__all__:
             self.open_torchvision(data, split, data_dir, download)
         else:
-            self.open_folder(Path(data), split)
+            root = Path(data)
+            shards = ".tar" in root.name and not root.is_dir()
+            root = root.parent if shards else root
+            held_out = split == "val" and (root / "val").is_dir()
+            if split == "val" and not held_out:
+                self.note = f"{root} has no folder val: these are the training images"
+                split = "train"
+            if shards:
+                paths = sorted((root / "val").glob("*.tar")) if held_out else expand_ranges(str(data))
+                self.open_shards(paths, cache)
+            else:
+                self.open_folder(root / split if (root / split).is_dir() else root)
 
-    def open_folder(self, root, split):
-        if split == "val" and not (root / "val").is_dir():
-            self.note = f"{root} has no folder val: these are the training images"
-            split = "train"
-        if (root / split).is_dir():
-            root = root / split
+    def open_shards(self, paths, cache):
+        self.source = Shards(paths, ".json" if self.caption_key else ".txt", cache)
+        self.paths = self.source.paths
+        self.root = os.fsencode(os.path.commonprefix(self.paths))
+        self.labels = np.zeros(len(self.source), int)
+        self.classes = ["image"]
+        if self.source.left_out:
+            self.note += f"{'; ' * bool(self.note)}{self.source.left_out} incomplete samples are left out"
+
+    def open_folder(self, root):
         paths = list_images(root)
         if len({path.parent == root for path in paths}) == 2:
             raise UserError(f"{root} has images both in class folders and beside them")
@@ -2374,7 +2528,8 @@ class Images(Dataset):
         self.root = os.fsencode(root / "_")[:-1]
         classes, self.labels = np.unique(folders, return_inverse=True)
         self.classes = classes.tolist()
-        self.source = np.array([os.fsencode(path) for path in paths])  # workers would copy a list
+        self.source = self.paths = np.array([os.fsencode(path) for path in paths])  # workers would copy a list
+        self.captions = read_captions(root)
 
     def open_torchvision(self, data, split, folder, download):
         Source = getattr(torchvision.datasets, data)
@@ -2397,9 +2552,40 @@ class Images(Dataset):
         return len(self.source)
 
     def caption(self, index):
-        if not hasattr(self.source, "caption"):
-            raise UserError("these data have no captions")
-        return self.source.caption(index)
+        """Drawn, in the folder's captions.json or .tsv (see read_captions), or in the image's NAME.txt, or NAME.json's
+        field `caption_key`. UserError where there is none."""
+        if isinstance(self.source, Shapes):
+            return self.source.caption(index)
+        name = os.fsdecode(self.source[index])
+        try:
+            if isinstance(self.source, Shards):
+                text = self.source.caption(index).decode()
+            elif self.captions:
+                return self.captions[os.path.relpath(name, os.fsdecode(self.root))].strip()
+            else:
+                text = self.caption_path(index).read_text("utf-8")
+            if self.caption_key:
+                text = json.loads(text)[self.caption_key]
+            return text.strip()
+        except Exception as error:  # of damaged files
+            raise UserError(f"no caption of {name}: {type(error).__name__}: {error}".replace("\n", " "))
+
+    def caption_path(self, index):
+        return Path(os.fsdecode(self.source[index])).with_suffix(".json" if self.caption_key else ".txt")
+
+    def describe_captions(self, indices):
+        """The table, or files' sizes."""
+        files = self.paths
+        if isinstance(self.source, np.ndarray):
+            files = map(self.caption_path, indices)
+        return self.caption_key, self.captions or file_sizes(files)
+
+    def require_captions(self):
+        """From here on an image without one cannot be read."""
+        if not isinstance(self.source, Shapes):
+            if not len(self.paths):
+                raise UserError("--text: these data have no captions")
+            self.captioned = True
 
     def in_text_training(self):
         """[n] bools: which images text training sees."""
@@ -2410,21 +2596,23 @@ class Images(Dataset):
 
     def identity(self):
         """What tells it from another, without a look at the files."""
-        names = self.source.tolist() if isinstance(self.source, np.ndarray) else []
-        return names, self.classes, self.labels.tolist()
+        return list(self.paths), self.classes, self.labels.tolist()
 
     def read(self, index):
         """-> (image, index), of the first readable one from there."""
         while True:
-            image = self.source[index]
-            if not isinstance(image, bytes):
-                return image[0], index
+            item = self.source[index]
+            if not isinstance(item, bytes):
+                return item[0], index
             try:
-                return load_rgb(os.fsdecode(image)), index
+                if self.captioned:
+                    self.caption(index)
+                file = self.source.image(index) if isinstance(self.source, Shards) else None
+                return load_rgb(os.fsdecode(item), file), index
             except UserError:
                 if not self.bad_list:
                     raise
-            self.note_bad(image)
+            self.note_bad(item)
             index = (index + 1) % len(self)
 
     def note_bad(self, path):
@@ -2462,7 +2650,8 @@ class Images(Dataset):
 
 def open_data(cfg, split, size, crop=False, flip=False):
     """A Config's Images."""
-    data = Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache)
+    key = getattr(cfg, "caption_key", "")
+    data = Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache, key)
     if cfg.skip_bad:
         data.bad_list = Path(cfg.out) / "bad_images.txt"
     if data.note and os.environ.get("RANK", "0") == "0":
