@@ -27,6 +27,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -531,6 +532,220 @@ def test_broken_image_ends_training_with_one_line():
         output = script("tokenizer.py", *flags, "--batch_size=6", "--kimg=0.012", "--workers=1", status=1)
         last = output.strip().splitlines()[-1]
         assert last.startswith("tokenizer.py: cannot read image") and "0.png" in last, output
+
+
+def sample_files(i, captions, suffix="png"):
+    """A sample's files: a drawing of 32 px and its caption."""
+    pixels, _ = Shapes("train", 32)[i]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, dict(jpg="JPEG").get(suffix, suffix), lossless=True)
+    text = captions(i)
+    info = json.dumps(dict(caption=text, key=f"{i:09d}", long=f"really {text}", nothing=None))
+    return {f"{i:09d}.{suffix}": buffer.getvalue(), f"{i:09d}.txt": f"{text}\n".encode(), f"{i:09d}.json": info.encode()}
+
+
+def write_shard(path, files):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def shards_and_folder(folder, n=40):
+    """The same captioned drawings as FOLDER/shards/{000..003}.tar and FOLDER/files/NAME.{png,txt,json}."""
+    caption = Shapes("train", 32).caption
+    for shard in range(4):
+        files = {}
+        for i in range(shard * n // 4, (shard + 1) * n // 4):
+            files.update(sample_files(i, caption))
+        write_shard(f"{folder}/shards/{shard:03d}.tar", files)
+        for name, content in files.items():
+            path = Path(folder, "files", name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+    return f"{folder}/shards/{{000..003}}.tar", f"{folder}/files"
+
+
+def test_shards():
+    """Images and captions of samples in tars, whatever their folders, formats and order; incomplete ones are counted
+    and left out; a tar is gone through once; workers read the same."""
+    caption = Shapes("train", 32).caption
+    with tempfile.TemporaryDirectory() as folder:
+        first = {}
+        for i, suffix in enumerate(("png", "webp", "PNG", "jpg")):
+            files = sample_files(i, caption, suffix.lower())
+            first.update({(f"a/b/{name}".replace(".png", ".PNG") if i == 2 else name): v for name, v in files.items()})
+        long = "very/" * 40  # PAX and GNU headers precede the sample's
+        second = {f"{long}{name}": content for name, content in sample_files(4, caption).items()}
+        second.update({"._x.png": b"", "000000005.png": first["000000000.png"], "000000006.txt": b"no image"})
+        write_shard(f"{folder}/08.tar", first)
+        write_shard(f"{folder}/09.tar", second)
+        write_shard(f"{folder}/10.tar", sample_files(7, caption))
+        pattern = f"{folder}/{{08..10}}.tar"
+        make = functools.partial(tokenizer.Images, pattern, "train", 32, cache=folder)
+        data = make()
+        assert data.note == "2 incomplete samples are left out" and data.classes == ["image"]
+        assert [data.caption(i) for i in range(6)] == [caption(i) for i in (0, 1, 2, 3, 4, 7)]
+        for i, name in enumerate(("000000000.png", "000000001.webp", "a/b/000000002.PNG", "000000003.jpg")):
+            pixels, label = data[i]
+            want = np.asarray(Image.open(io.BytesIO(first[name])).convert("RGB"))
+            assert label == 0 and (pixels.permute(1, 2, 0).numpy() == want).all(), name
+        assert torch.equal(data[4][0], Shapes("train", 32)[4][0]) and torch.equal(data[5][0], Shapes("train", 32)[7][0])
+        assert os.fsdecode(data.source[2]) == f"{folder}/08.tar/a/b/000000002.PNG"
+        with mock.patch.object(tarfile, "open", side_effect=AssertionError):
+            again = make()
+            assert (again.source.rows == data.source.rows).all() and again.note == data.note
+        keyed = make(caption_key="long")
+        assert keyed.caption(5) == f"really {caption(7)}"
+        fails(lambda: make(caption_key="nothing").caption(5), "no caption of", "10.tar/000000007.png")
+        fails(lambda: make(caption_key="other").caption(5), "no caption of", "other")
+        held_out = tokenizer.Images(pattern, "val", 32, cache=folder)
+        assert len(held_out) == 6 and "no folder val" in held_out.note and "2 incomplete" in held_out.note
+        write_shard(f"{folder}/val/0.tar", sample_files(9, caption))
+        held_out = tokenizer.Images(pattern, "val", 32, cache=folder)
+        assert [held_out.caption(0)] == [caption(9)] and not held_out.note
+        loader = tokenizer.make_loader(data, tokenizer.step_batches(6, 3, 0, 0, 4, WORLD), WORLD, 2)
+        alone = tokenizer.make_loader(data, tokenizer.step_batches(6, 3, 0, 0, 4, WORLD), WORLD, 0)
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(loader, alone, strict=True))
+        write_shard(f"{folder}/10.tar", {**sample_files(7, caption), **sample_files(8, caption)})
+        assert make().caption(6) == caption(8)  # it has changed: a new index
+        write_shard(f"{folder}/11.tar", {"a.png": first["000000000.png"], "b.PNG": first["000000000.png"]})
+        images = tokenizer.Images(f"{folder}/11.tar", "train", 32, cache=folder)
+        assert len(images) == 2 and not images.note
+        fails(lambda: images.caption(0), "no caption of", "11.tar/a.png")
+
+
+def test_shards_that_cannot_be_read():
+    """Missing, compressed, truncated, other and empty ones: a line each, with the path."""
+    def refused(pattern, *words):
+        fails(lambda: tokenizer.Images(f"{folder}/{pattern}", "train", 32, cache=folder), *words)
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = sample_files(0, Shapes("train", 32).caption)
+        write_shard(f"{folder}/00.tar", files)
+        refused("{00..03}.tar", "01.tar", "No such file")
+        refused("{00..99999999999999}.tar", "01.tar")
+        refused("{03..00}.tar", "no samples")
+        whole = Path(folder, "00.tar").read_bytes()
+        for name in "01.tar", "x.tar.gz":
+            Path(folder, name).write_bytes(gzip.compress(whole))
+            refused(name, f"{name} is no whole, uncompressed tar")
+        refused("{00..01}.tar", "01.tar is no whole, uncompressed tar")
+        for content in b"not a tar" * 99, b"", whole[:700], whole[:200]:
+            Path(folder, "02.tar").write_bytes(content)
+            refused("02.tar", "02.tar is no whole, uncompressed tar")
+        Path(folder, "03.tar").mkdir()
+        refused("{03..03}.tar", "03.tar", "directory")
+        write_shard(f"{folder}/04.tar", {"a.txt": b"", "README": b""})
+        refused("04.tar", "no samples of an image and a .txt", "04.tar")
+
+
+def test_bad_samples_of_shards():
+    """A broken image ends the run with its name; --skip_bad=1 takes the next one's, up to 1%."""
+    with tempfile.TemporaryDirectory() as folder:
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+        files = {}
+        for i in range(200):
+            files.update({f"{i:03d}.png": b"" if i == 7 else buffer.getvalue(), f"{i:03d}.txt": b"%d" % i})
+        write_shard(f"{folder}/0.tar", files)
+        cfg = parse(f"--data={folder}/{{0..0}}.tar", f"--out={folder}/out", f"--cache={folder}", "--skip_bad=1")
+        fails(lambda: tokenizer.open_data(changed(cfg, skip_bad=False), "train", 8)[7], "cannot read image", "007.png")
+        data = tokenizer.open_data(cfg, "train", 8)
+        assert data.read(7)[1] == 8 and data.read(9)[1] == 9
+        assert Path(folder, "out", "bad_images.txt").read_text() == f"{folder}/0.tar/007.png\n"
+        for i in 11, 12:
+            files[f"{i:03d}.png"] = b"damaged"
+        write_shard(f"{folder}/0.tar", files)
+        data = tokenizer.open_data(cfg, "train", 8)
+        fails(lambda: [data[i] for i in range(200)], "more than 1%", "bad_images.txt")
+
+
+def test_random_damage_of_shards():
+    """Tars with bytes changed, cut or doubled: they load, or end in one line."""
+    draw = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "0.tar")
+        files = {}
+        for i in range(3):
+            files.update(sample_files(i, Shapes("train", 32).caption))
+        write_shard(path, files)
+        whole = np.frombuffer(path.read_bytes(), np.uint8)
+        headers = [i for i in range(0, len(whole), 512) if whole[i:i + 4].tobytes() == b"0000"]
+        assert len(headers) == 9
+        refused = 0
+        loaded = 0
+        for k in range(200):
+            damaged = whole.copy()
+            start = 0
+            if k % 2:  # in a header, whose checksum is made to fit
+                start = int(draw.choice(headers))
+            at = start + draw.integers(512 if k % 2 else len(whole), size=3)
+            damaged[at] = draw.integers(256, size=3)
+            if k % 10 == 1:
+                damaged[start + 124:start + 136] = 255  # its size: -1
+            if k % 10 == 3:
+                damaged[start + 156] = draw.choice(np.frombuffer(b"012345LKgxSV", np.uint8))  # its type
+            if k % 2:
+                header = damaged[start:start + 512]
+                total = int(header.sum()) - int(header[148:156].sum()) + 8 * 32
+                header[148:156] = np.frombuffer(b"%06o\0 " % total, np.uint8)
+            damaged = damaged[:int(at[0])] if k % 8 == 2 else damaged
+            damaged = np.concatenate([damaged[:at[1]], damaged]) if k % 8 == 4 else damaged
+            path.write_bytes(damaged.tobytes())
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):
+                    data = tokenizer.Images(str(path), "train", 32, cache=folder)
+                for i in range(len(data)):
+                    data.caption(i)
+                    data[i]
+                loaded += 1
+            except UserError as error:
+                assert "\n" not in str(error) and "0.tar" in str(error), error
+                refused += 1
+        assert refused > 50 and loaded > 20, (refused, loaded)
+
+
+def test_captions_of_folders():
+    """NAME.txt or a field of NAME.json beside an image, or a table in the folder, also over class folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        image_folder(folder, ["train"])
+        root = Path(folder, "train")
+        names = [f"{label}/{i}.png" for label in ("cat", "dog") for i in range(3)]
+
+        def captions(**keywords):
+            data = tokenizer.Images(folder, "train", 32, **keywords)
+            data.require_captions()
+            return [data.caption(i) for i in range(6) if data[i]]
+
+        fails(captions, "no caption of", "cat/0.png", "0.txt")
+        for i, name in enumerate(names):
+            path = root / name
+            path.with_suffix(".txt").write_text(f"t{i} é\n", "utf-8")
+            path.with_suffix(".json").write_text(json.dumps(dict(text=f"j{i}", number=3)))
+        assert captions() == [f"t{i} é" for i in range(6)]
+        assert captions(caption_key="text") == [f"j{i}" for i in range(6)]
+        fails(lambda: captions(caption_key="number"), "no caption of", "0.png")
+        (root / "cat" / "1.txt").write_bytes(b"\xff")
+        fails(captions, "no caption of", "1.png")
+        (root / "captions.tsv").write_text("".join(f"{name}\ttsv {name}\n" for name in names))
+        assert captions() == [f"tsv {name}" for name in names]
+        (root / "captions.json").write_text(json.dumps({name: f"json {name}" for name in names}))
+        assert captions(caption_key="text") == [f"json {name}" for name in names]
+        rows = [dict(file_name=name, caption=f"list {name}") for name in names]
+        (root / "captions.json").write_text(json.dumps(rows))
+        assert captions() == [f"list {name}" for name in names]
+        (root / "captions.json").write_text(json.dumps(rows[:2]))
+        (root / "captions.tsv").unlink()
+        fails(captions, "no caption of", "cat/2.png")
+        for damaged in "{", '[{"caption": "a"}]', "[3]", "3":
+            (root / "captions.json").write_text(damaged)
+            fails(captions, "captions.json is damaged")
+    data = tokenizer.Images("shapes", "train", 32, cache=None)
+    data.source = [(data.source[0][0], 0)]  # as torchvision's
+    fails(data.require_captions, "these data have no captions")
 
 
 def test_fashion_mnist():
