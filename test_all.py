@@ -2894,6 +2894,45 @@ def test_reconstruct(folder, cfg):
         fails(lambda: sample.reconstruct(changed(config, reconstruct=where), WORLD), *words)
 
 
+def flux_file(path, **arguments):
+    """A VAE as in FLUX's ae.safetensors: LDM's names, no quant convolutions."""
+    torch.manual_seed(0)
+    parts = dict(encoder=tokenizer.LDMEncoder(**arguments), decoder=tokenizer.LDMDecoder(**arguments))
+    state = {}
+    for name, part in parts.items():
+        state.update({f"{name}.{k}": v for k, v in part.state_dict().items() if "quant_conv" not in k})
+    write_safetensors(path, state)
+    return parts
+
+
+@with_diffusion_folder
+def test_flux_autoencoder(folder, cfg):
+    """Its moments are the encoder's last convolution's; it reconstructs, and serves diffusion with patches of 2."""
+    path = f"{folder}/ae.safetensors"
+    parts = flux_file(path, z_dim=16, ch=32, ch_mult=(1, 1, 1, 2), num_res_blocks=1)
+    assert not any("quant" in key for key in tokenizer.load_weights(path))
+    tok = tokenizer.load_tokenizer(path)
+    assert (tok.z_dim, tok.downsample, tok.arch["encoder"]["attn_levels"]) == (16, 8, [])
+    x = image(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        mean, logvar = parts["encoder"].body(x).chunk(2, 1)
+        torch.testing.assert_close(list(tok.encode(x)), [mean, logvar])
+        parts["decoder"].post_quant_conv = nn.Identity()
+        torch.testing.assert_close(tok.decode(mean), parts["decoder"](mean))
+    flags = (f"--reconstruct={cfg.data}/val", f"--tokenizer={path}", f"--out={folder}/out")
+    assert "24 images" in command(sample, *flags)
+    train_diffusion(cfg, tokenizer=path, image_size=32, patch_size=2, out=f"{folder}/flux", encode_batch=48)
+    model = diffusion.load_diffusion(f"{folder}/flux/diffusion.pt")
+    assert (model.in_channels, model.grid, model.patch_size) == (16, 2, 2)
+    with torch.device("meta"):
+        published = [part(16, 128, (1, 2, 4, 4), 2) for part in (tokenizer.LDMEncoder, tokenizer.LDMDecoder)]
+    assert abs(millions(*published) - 83.82) < 0.01
+    state = dict(tokenizer.load_weights(path))
+    del state["decoder.norm_out.weight"]
+    write_safetensors(path, state)
+    fails(lambda: tokenizer.load_tokenizer(path), "ae.safetensors", "norm_out")
+
+
 # --- text ---
 
 def test_toy_captions_as_words():
@@ -2994,6 +3033,76 @@ def test_text_training_and_sampling():
         fails(lambda: command(align, f"{cfg.out}/diffusion-text.pt", "--steps=1", flag), "joint training", "classes")
         train_diffusion(changed(cfg, text=""))
         fails(lambda: command(sample, *flags, f"--ckpt={cfg.out}/diffusion.pt", "--prompt=a red star"), "classes")
+
+
+@with_diffusion_folder
+def test_text_training_on_captioned_files(folder, cfg):
+    """Shards and a folder of the same captioned drawings train the same model to the bit, on a text tower's file and on
+    the toy's words, stopped or not; on unmirrored latents; without captions, one line."""
+    shards, files = shards_and_folder(folder)
+    text_folder(folder, "siglip2")
+    path = Path(folder, "model.safetensors")
+    state = dict(tokenizer.load_weights(path))
+    vocab = json.loads(Path(folder, "tokenizer.json").read_text())["model"]["vocab"]
+    state["text_model.embeddings.token_embedding.weight"] = torch.randn(max(vocab.values()) + 1, 64)
+    write_safetensors(path, state)
+    shared = dict(tokenizer=f"{cfg.out}/tokenizer.pt", cache=folder, workers=1)
+    for text in "toy", folder:
+        found = []
+        for name, data in ("shards", shards), ("files", files):
+            out = f"{folder}/{len(text)}{name}"
+            with mock.patch.object(diffusion.Latents, "read", autospec=True, side_effect=diffusion.Latents.read) as read:
+                train_diffusion(cfg, data=data, text=text, out=out, **shared)
+            assert all((call.args[2] == 0).all() for call in read.call_args_list)
+            found.append(load(f"{out}/diffusion-text.pt"))
+        for part in "model", "ema", "optimizer", "latent_mean":
+            assert_same(found[0][part], found[1][part], f"{text}.{part}")
+        ids, = Path(out, "latents").glob("ids-*.npy")  # train's and val's: the same images
+        encoder = tokenizer.ShapesText() if text == "toy" else tokenizer.load_text(text)
+        assert np.array_equal(np.load(ids), encoder.ids([Shapes("train", 32).caption(i) for i in range(40)]))
+    parts = changed(cfg, data=shards, text=folder, out=f"{folder}/parts", save_interval=0, **shared)
+    stop_in(lambda: diffusion.train(parts, WORLD), 2)
+    train_diffusion(parts)
+    assert_same(load(f"{folder}/parts/diffusion-text.pt")["optimizer"], found[0]["optimizer"])
+    Path(files, "000000003.txt").write_text("a small blue ring at the lower left on a red background, clouds")
+    train_diffusion(cfg, data=files, text=text, out=out, steps=7, **shared)
+    assert len(list(Path(out, "latents").glob("ids-*.npy"))) == 2  # another caption
+    fails(lambda: train_diffusion(cfg, data=files, text=text, out=f"{folder}/key", caption_key="url", **shared),
+          "no caption of", "url")
+    fails(lambda: train_diffusion(cfg, text="toy"), "no caption of", ".png", ".txt")
+
+
+@with_diffusion_folder
+def test_captions_of_what_was_read(folder, cfg):
+    """Where --skip_bad=1 takes the next sample, for its image or for its caption, the next one's caption comes along."""
+    _, files = shards_and_folder(folder, 400)
+    Path(files, "000000003.png").write_bytes(b"")
+    Path(files, "000000020.txt").unlink()
+    for number in 19, 21, 4:  # images by which the others are told
+        Path(files, f"{number:09d}.txt").write_text("a small blue ring at the lower left on a red background clouds")
+    cfg = changed(cfg, data=files, text="toy", steps=1, skip_bad=True)
+    train_diffusion(cfg)
+    ids, = Path(cfg.out, "latents").glob("ids-*.npy")
+    ids = np.load(ids)
+    read = np.load(Path(cfg.out, "latents", "train", "images_read.npy"))
+    assert read[3] == 4 and read[20] == 21 and (read == np.arange(400)).sum() == 398
+    assert (ids[3] == ids[4]).all() and (ids[20] == ids[21]).all() and (ids[2] != ids[3]).any()
+    latents = np.load(Path(cfg.out, "latents", "train", "latents.npy"))
+    assert (latents[40] == latents[42]).all() and (latents[38] != latents[40]).any()
+    assert Path(cfg.out, "bad_images.txt").read_text().count("\n") == 2
+
+
+def test_all_scripts_read_shards():
+    """tokenizer.py with workers on two processes, which index them once, and fid.py --tokenizer; the toy's prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards, _ = shards_and_folder(folder)
+        flags = (f"--data={shards}", "--caption_key=long", f"--cache={folder}", f"--out={folder}/out")
+        tiny = ("--method=vae", "--recipe=study", "--kimg=0.032", "--ch_mult=1,1,1,1", "--log_interval=1")
+        shown = torchrun(HERE / "tokenizer.py", *flags, *tiny, "--workers=1")
+        assert "vae on 40 images" in shown and shown.count("no folder val") == 1
+        assert len(list(Path(folder).glob("shards-*.npy"))) == 1 and len(read_log(f"{folder}/out")) == 2
+        result, _ = run_fid(f"--tokenizer={folder}/out/tokenizer.pt", *flags, "--workers=1", net=Means())
+        assert result["images"]["pairs"] == 40 and result["psnr"] > 5 and result["rfid"] > 0
 
 
 # --- several processes, command lines ---
@@ -3624,6 +3733,69 @@ def test_pairs_refuse():
         for a, b in ("ab", "ba"):
             run = functools.partial(run_fid, f"{folder}/{a}", f"{folder}/{b}", *flags)
             fails(run, "2 images have no partner of the same name: 0001, 0002")
+
+
+def clip_folder(folder):
+    """CLIP's files: the golden towers, and letters for tokens."""
+    g = golden("clip_vision")
+    text = golden("text")
+    keys = text["towers"]["clip"]["keys"]
+    state = {key: tensor(key, shape, text["salt"]) for key, shape in keys.items()}
+    state.update(fill(g), logit_scale=torch.zeros([]))
+    state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    write_safetensors(f"{folder}/model.safetensors", state)
+    letters = [chr(c) + end for end in ("", "</w>") for c in range(97, 123)]
+    vocab = {letter: i for i, letter in enumerate(letters)} | {"<|startoftext|>": 118, "<|endoftext|>": 119}
+    Path(f"{folder}/vocab.json").write_text(json.dumps(vocab))
+    Path(f"{folder}/merges.txt").write_text("#version: 0.2\n")
+    return g, (image(3, 3, 32, 32, salt=g["salt"]) * 255).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def test_clip_golden():
+    """The image tower's states and projections are transformers', the score their cosine with the text tower's."""
+    with tempfile.TemporaryDirectory() as folder:
+        g, images = clip_folder(folder)
+        net = fid.CLIP(folder, num_heads=g["heads"])
+        states, = net.vision(tokenizer.to_float(images), layers=(2,), cls=True)
+        check(states, g["last"], 1e-4, 1e-5)
+        captions = ["a red star", "a dog", "an owl"]
+        expected = F.cosine_similarity(torch.tensor(g["projected"]), net.text(captions)[1])
+        torch.testing.assert_close(net(images, captions), expected, rtol=1e-4, atol=1e-5)
+        file = fid.CLIP(f"{folder}/model.safetensors", num_heads=g["heads"])
+        assert torch.equal(file(images, captions), net(images, captions))
+
+
+@torch.no_grad()
+def test_clip_score():
+    """Mean of 100 max(cos, 0) of each sample with its own prompt, from prompts.json or of a file in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        clip_folder(folder)
+        images = pixels(7, 32, "clip")
+        write_images(f"{folder}/samples", images)
+        captions = ["q", "owl", "two dogs"]
+        asked = [captions[i % 3] for i in range(7)]
+        cosines = fid.CLIP(folder)(planes(images), asked)
+        want = 100 * cosines.clamp(min=0).mean().item()
+        assert (cosines < 0).any() and (cosines > 0).any()  # else the clamp is not seen
+        flags = (f"{folder}/samples", f"--clip={folder}", f"--out={folder}", "--batch_size=3", "--workers=0")
+        fails(lambda: run_fid(*flags), "prompts.json", "--prompts")
+        Path(folder, "lines.txt").write_text("\n".join(captions))
+        found, shown = run_fid(*flags, f"--prompts={folder}/lines.txt")
+        np.testing.assert_allclose(found["clip"], want, rtol=1e-4)
+        assert found["images"] == dict(pairs=7) and re.search(r"CLIP score +\d+\.\d+ \+- ", shown)
+        named = {f"{i:04d}.png": text for i, text in enumerate(asked)}
+        Path(folder, "samples", "prompts.json").write_text(json.dumps(named))
+        assert run_fid(*flags)[0]["clip"] == found["clip"]
+        Path(folder, "samples", "prompts.json").write_text(json.dumps({**named, "0001.png": "zebra"}))
+        assert run_fid(*flags)[0]["clip"] != found["clip"]
+        fails(lambda: run_fid(*flags, f"--prompts={folder}/none"), "none")
+        Path(folder, "lines.txt").write_text("")
+        fails(lambda: run_fid(*flags, f"--prompts={folder}/lines.txt"), "lines.txt")
+        state = dict(tokenizer.load_weights(f"{folder}/model.safetensors"))
+        del state["visual_projection.weight"]
+        write_safetensors(f"{folder}/model.safetensors", state)
+        fails(lambda: run_fid(*flags), "visual_projection.weight")
 
 
 def test_evaluate():
