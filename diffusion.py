@@ -961,8 +961,8 @@ def vfm_tokens(vfm, images, grid):
 
 
 class Latents(Dataset):
-    """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `images_read` [n], their
-    images' indices, `labels` [n] (or captions' ids [n, L]), the latents' `mean`, `std` [C]. Items are the images `rows`.
+    """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `images_read` [n], indices of
+    their images, `labels` [n] (or captions' ids [n, L]), the latents' `mean`, `std` [C]. Items are the images `rows`.
     The pixels of `images`, if set, come along."""
     images = None
     mirrored = True  # half of the items

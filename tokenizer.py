@@ -68,7 +68,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 
 @dataclass
@@ -2357,126 +2357,85 @@ def list_images(folder):
 
 def expand_ranges(pattern):
     """a{08..10}.tar -> a08.tar, a09.tar, a10.tar, one by one."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    head, *found = re.split(r"\{(\d+)\.\.(\d+)\}", pattern, maxsplit=1)
     if not found:
         yield pattern
         return
-    first, last = found.groups()
+    first, last, tail = found
     for i in range(int(first), int(last) + 1):
-        yield from expand_ranges(f"{pattern[:found.start()]}{i:0{len(first)}}{pattern[found.end():]}")
+        yield from expand_ranges(f"{head}{i:0{len(first)}}{tail}")
 
 
-def file_sizes(paths):
-    """[(path, size)] of shards or captions."""
+def index_shards(paths, captions, cache):
+    """WebDataset's tars, as img2dataset writes them (NAME.jpg, NAME.txt, NAME.json) -> their paths; rows of name
+    (SHARD/NAME.jpg) and place: [shard, image's start, its size, caption's start, its size], -1 where a sample has none.
+    captions: their suffix. Each tar is gone through once, the rows are kept in `cache`."""
     try:
-        return [(os.fsdecode(path), os.stat(path).st_size) for path in paths]
+        files = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+        raise UserError(f"no shard {error.filename}")
+    index = Path(cache) / f"shards-{fingerprint(files, captions)[:8]}.npy"
+    with alone(index):  # the first process
+        if not index.exists():
+            rows = []
+            for shard, (path, *_) in enumerate(tqdm(files, "reading shards", leave=False)):
+                samples = {}
+                try:
+                    with tarfile.open(path, "r:") as archive:
+                        for member in archive:
+                            if member.size < 0:  # would lead back, for ever
+                                raise tarfile.ReadError("a negative size")
+                            stem, _, suffix = os.path.basename(member.name).partition(".")
+                            if not member.isfile() or not stem:  # hidden
+                                continue
+                            key = os.path.dirname(member.name), stem
+                            row = samples.setdefault(key, [b"", [shard, -1, -1, -1, -1]])
+                            suffix = f".{suffix.lower()}"
+                            if suffix in torchvision.datasets.folder.IMG_EXTENSIONS:
+                                row[0] = os.fsencode(f"{path}/{member.name}")
+                                row[1][1:3] = member.offset_data, member.size
+                            elif suffix == captions:
+                                row[1][3:] = member.offset_data, member.size
+                except Exception as error:  # of damaged files
+                    raise UserError(f"{path} is no whole, uncompressed tar: {error}".replace("\n", " "))
+                rows += map(tuple, samples.values())
+            width = max([1, *(len(name) for name, _ in rows)])
+            with replacing(index) as temp, open(temp, "wb") as file:
+                np.save(file, np.array(rows, [("name", f"S{width}"), ("place", np.int64, 5)]))
+    return [path for path, *_ in files], np.load(index, mmap_mode="r")
 
 
 @functools.lru_cache(256)
-def open_shard(path, version):  # one that is dropped closes itself
+def open_shard(path):  # a file that is dropped closes itself
     return open(path, "rb", 0)
-
-
-class Shards:
-    """Samples in WebDataset's tars, as img2dataset writes them: NAME.jpg (.png, .webp), NAME.txt, NAME.json. Each tar is
-    gone through once; `rows` [n, 5], kept in `cache`, say where its files lie: (shard, image's start and size, caption's
-    start and size). Samples without one of the two are left out, or the captions are where no sample has any."""
-
-    def __init__(self, paths, suffix, cache):
-        files = file_sizes(paths)
-        self.paths = [path for path, _ in files]
-        self.version = fingerprint(files, [os.stat(path).st_mtime_ns for path in self.paths], suffix)
-        index = Path(cache) / f"shards-{self.version[:8]}.npy"
-        with alone(index):  # the first process
-            if not index.exists():
-                rows = []
-                for number in trange(len(files), desc="reading shards", leave=False):
-                    rows += self.find(number, suffix)
-                with replacing(index) as temp, open(temp, "wb") as file:
-                    np.save(file, np.array(rows, np.int64).reshape(-1, 5))
-        self.rows = np.load(index, mmap_mode="r")
-        needed = 5 if self.rows[:, 3].max(initial=-1) >= 0 else 3
-        complete = (self.rows[:, :needed] >= 0).all(1)
-        self.left_out = int((~complete).sum())
-        if self.left_out:
-            self.rows = self.rows[complete]
-        if not len(self.rows):
-            raise UserError(f"no samples of an image and a {suffix} in {', '.join(self.paths[:3])}")
-
-    def find(self, number, captions):
-        """A shard's rows, -1 where a sample lacks a file; captions: their files' suffix."""
-        samples = {}
-        path = self.paths[number]
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    if member.size < 0:  # would lead back, for ever
-                        raise tarfile.ReadError("a negative size")
-                    folder, name = os.path.split(member.name)
-                    name, _, suffix = name.partition(".")
-                    if not member.isfile() or not name:  # hidden
-                        continue
-                    row = samples.setdefault((folder, name), [number, -1, -1, -1, -1])
-                    suffix = f".{suffix.lower()}"
-                    if suffix in torchvision.datasets.folder.IMG_EXTENSIONS:
-                        row[1:3] = member.offset_data, member.size
-                    elif suffix == captions:
-                        row[3:] = member.offset_data, member.size
-        except Exception as error:  # of damaged files
-            raise UserError(f"{path} is no whole, uncompressed tar: {error}".replace("\n", " "))
-        return list(samples.values())
-
-    def __len__(self):
-        return len(self.rows)
-
-    def read(self, shard, start, size):
-        return os.pread(open_shard(self.paths[shard], self.version).fileno(), size, start)
-
-    def __getitem__(self, index):
-        """A sample's name, SHARD/NAME.jpg."""
-        shard, start, *_ = self.rows[index].tolist()
-        header = self.read(shard, start - 512, 512)
-        return os.fsencode(self.paths[shard]) + b"/" + header[:100].split(b"\0")[0]
-
-    def image(self, index):
-        return io.BytesIO(self.read(*self.rows[index, :3].tolist()))
-
-    def caption(self, index):
-        shard, _, _, start, size = self.rows[index].tolist()
-        if size < 0:
-            raise ValueError("there is none")
-        return self.read(shard, start, size)
 
 
 def read_captions(folder):
     """{relative name: caption} of a folder's captions.json ({name: caption}, or a list of {file_name, caption}) or
     captions.tsv (name TAB caption); {} without."""
     found = {}
-    for path in Path(folder, "captions.tsv"), Path(folder, "captions.json"):
-        if path.exists():
-            with reading(path):
-                text = path.read_text("utf-8")
-                if path.suffix == ".tsv":
-                    found.update(line.split("\t", 1) for line in text.split("\n") if line)
-                else:
-                    entries = json.loads(text)
-                    if isinstance(entries, list):
-                        entries = {entry["file_name"]: entry["caption"] for entry in entries}
-                    found.update(entries)
+    for path in sorted(Path(folder).glob("captions.[jt]s*")):
+        with reading(path):
+            text = path.read_text("utf-8")
+            if path.suffix == ".json":
+                found = json.loads(text)
+                if isinstance(found, list):
+                    found = {entry["file_name"]: entry["caption"] for entry in found}
+                return dict(found)
+            found = dict(line.split("\t", 1) for line in text.split("\n") if line)
     return found
 
 
 class Images(Dataset):
-    """Images at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and `val`), tars
-    (see Shards) as FOLDER/{00000..00099}.tar (held-out ones: FOLDER/val/*.tar), "shapes", or a torchvision data set under
-    `data_dir`. Captions: see `caption`. Items are asked for as index, or as (index, key): then augmented (`crop`: a
-    random square of 0.5 to 1 of the short side; `flip`), alike for the same key. A file that is no image: UserError;
-    with `bad_list` the next index's image and label stand in, and that file lists the path."""
+    """Images at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and `val`),
+    FOLDER/{00000..00099}.tar (class 0; held-out ones: FOLDER/val/*.tar), "shapes", or a torchvision data set under
+    `data_dir`. Items are asked for as index, or as (index, key): then augmented (`crop`: a random square of 0.5 to 1 of
+    the short side; `flip`), alike for the same key. A file that is no image: UserError; with `bad_list` the next
+    index's image and label stand in, and that file lists the path."""
     bad_list = None
     captioned = False  # an image without a caption is a bad one
-    captions = {}  # a folder's table, if any
+    captions = None  # a folder's table
+    places = None  # in shards: see index_shards
     paths = ()  # of files
 
     def __init__(
@@ -2486,6 +2445,7 @@ class Images(Dataset):
         self.crop = crop
         self.flip = flip
         self.caption_key = caption_key
+        self.caption_suffix = ".json" if caption_key else ".txt"
         self.note = ""
         if data == "shapes":
             self.source = Shapes(split, size, cache=cache)
@@ -2508,13 +2468,20 @@ class Images(Dataset):
                 self.open_folder(root / split if (root / split).is_dir() else root)
 
     def open_shards(self, paths, cache):
-        self.source = Shards(paths, ".json" if self.caption_key else ".txt", cache)
-        self.paths = self.source.paths
+        """Samples without an image or a caption are left out; if none has a caption, those without an image."""
+        self.paths, rows = index_shards(paths, self.caption_suffix, cache)
+        needed = 5 if (rows["place"][:, 3] >= 0).any() else 3
+        complete = (rows["place"][:, :needed] >= 0).all(1)
+        if not complete.any():
+            raise UserError(f"no images with a {self.caption_suffix} in {', '.join(self.paths[:3])}")
+        if not complete.all():
+            self.note += f"{'; ' * bool(self.note)}{(~complete).sum()} incomplete samples are left out"
+            rows = rows[complete]
+        self.source = rows["name"]
+        self.places = rows["place"]
         self.root = os.fsencode(os.path.commonprefix(self.paths))
-        self.labels = np.zeros(len(self.source), int)
+        self.labels = np.zeros(len(rows), int)
         self.classes = ["image"]
-        if self.source.left_out:
-            self.note += f"{'; ' * bool(self.note)}{self.source.left_out} incomplete samples are left out"
 
     def open_folder(self, root):
         paths = list_images(root)
@@ -2552,40 +2519,40 @@ class Images(Dataset):
         return len(self.source)
 
     def caption(self, index):
-        """Drawn, in the folder's captions.json or .tsv (see read_captions), or in the image's NAME.txt, or NAME.json's
-        field `caption_key`. UserError where there is none."""
+        """Drawn, from the folder's table (see read_captions), or from NAME.txt, or NAME.json's field `caption_key`, beside
+        the image. UserError where there is none."""
         if isinstance(self.source, Shapes):
             return self.source.caption(index)
         name = os.fsdecode(self.source[index])
         try:
-            if isinstance(self.source, Shards):
-                text = self.source.caption(index).decode()
-            elif self.captions:
+            if self.captions:
                 return self.captions[os.path.relpath(name, os.fsdecode(self.root))].strip()
+            if self.places is None:
+                text = Path(name).with_suffix(self.caption_suffix).read_bytes()
             else:
-                text = self.caption_path(index).read_text("utf-8")
+                text = self.read_shard(index, 3)
             if self.caption_key:
-                text = json.loads(text)[self.caption_key]
-            return text.strip()
+                text = json.loads(text)[self.caption_key].encode()
+            return text.decode().strip()
         except Exception as error:  # of damaged files
             raise UserError(f"no caption of {name}: {type(error).__name__}: {error}".replace("\n", " "))
 
-    def caption_path(self, index):
-        return Path(os.fsdecode(self.source[index])).with_suffix(".json" if self.caption_key else ".txt")
-
     def describe_captions(self, indices):
-        """The table, or files' sizes."""
-        files = self.paths
-        if isinstance(self.source, np.ndarray):
-            files = map(self.caption_path, indices)
-        return self.caption_key, self.captions or file_sizes(files)
+        """A hash of what they depend on: the table, places in shards, or sizes of files."""
+        parts = self.captions
+        if self.places is not None:
+            parts = torch.from_numpy(self.places[indices])
+        elif isinstance(self.source, np.ndarray) and not self.captions:
+            files = [Path(os.fsdecode(name)).with_suffix(self.caption_suffix) for name in self.source[indices]]
+            parts = [path.exists() and path.stat().st_size for path in files]
+        return fingerprint(self.caption_key, parts)
 
     def require_captions(self):
         """From here on an image without one cannot be read."""
-        if not isinstance(self.source, Shapes):
-            if not len(self.paths):
-                raise UserError("--text: these data have no captions")
-            self.captioned = True
+        self.captioned = isinstance(self.source, np.ndarray)
+        none = not self.captioned and not isinstance(self.source, Shapes)
+        if none or self.places is not None and self.places[0, 3] < 0:
+            raise UserError("--text: these data have no captions")
 
     def in_text_training(self):
         """[n] bools: which images text training sees."""
@@ -2596,7 +2563,14 @@ class Images(Dataset):
 
     def identity(self):
         """What tells it from another, without a look at the files."""
-        return list(self.paths), self.classes, self.labels.tolist()
+        names = self.source.tolist() if isinstance(self.source, np.ndarray) else []
+        return names, self.classes, self.labels.tolist()
+
+    def read_shard(self, index, part):
+        """A sample's image (part 1) or caption (3)."""
+        place = self.places[index].tolist()
+        start, size = place[part:part + 2]
+        return os.pread(open_shard(self.paths[place[0]]).fileno(), size, start)
 
     def read(self, index):
         """-> (image, index), of the first readable one from there."""
@@ -2607,7 +2581,7 @@ class Images(Dataset):
             try:
                 if self.captioned:
                     self.caption(index)
-                file = self.source.image(index) if isinstance(self.source, Shards) else None
+                file = None if self.places is None else io.BytesIO(self.read_shard(index, 1))
                 return load_rgb(os.fsdecode(item), file), index
             except UserError:
                 if not self.bad_list:
