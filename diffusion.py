@@ -961,9 +961,9 @@ def vfm_tokens(vfm, images, grid):
 
 
 class Latents(Dataset):
-    """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `images_read` [n], indices of
-    their images, `labels` [n] (or captions' ids [n, L]), the latents' `mean`, `std` [C]. Items are the images `rows`.
-    The pixels of `images`, if set, come along."""
+    """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `images_read` [n] (their
+    indices), `labels` [n] (or captions' ids [n, L]), the latents' `mean`, `std` [C]. Items are the images `rows`. The
+    pixels of `images`, if set, come along."""
     images = None
     mirrored = True  # half of the items
 
@@ -999,11 +999,10 @@ class Latents(Dataset):
 
 def caption_ids(folder, text, images, indices, world):
     """Ids [n, L] of the captions of `images` at `indices` [n], kept in the folder."""
-    indices = indices.tolist()
-    version = fingerprint(text.name, text.length, *images.identity(), images.describe_captions(indices), indices)[:8]
-    path = Path(folder) / f"ids-{version}.npy"
+    captions = [images.caption(i) for i in indices.tolist()]
+    path = Path(folder) / f"ids-{fingerprint(text.name, text.length, captions)[:8]}.npy"
     if world.rank == 0 and not path.exists():
-        ids = text.ids([images.caption(i) for i in indices]).numpy()
+        ids = text.ids(captions).numpy()
         with replacing(path) as temp, open(temp, "wb") as file:
             np.save(file, ids)
     world.barrier()

@@ -50,11 +50,11 @@ class Config:
     inception: str = ""  # its weights; empty: fetch pytorch-fid's
     pairs: bool = False  # PSNR, SSIM, LPIPS of equal names in two folders
     lpips_weights: str = ""  # files of VGG16,LPIPS; empty: fetch them
-    clip: str = ""  # CLIP score: clip-vit-large-patch14, or its model.safetensors beside vocab.json, merges.txt
+    clip: str = ""  # CLIP score by clip-vit-large-patch14, or its folder
     prompts: str = ""  # ... of these lines in turn; empty: SAMPLES/prompts.json
     tokenizer: str = ""  # judge this one on held-out images
     data: str = ""  # ... of this data set; empty: its own
-    caption_key: str = ""  # ... samples of tars are of an image and NAME.json, with this field; empty: NAME.txt
+    caption_key: str = ""  # ... of tars: samples have a NAME.json; empty: NAME.txt
     data_dir: str = "data"  # ... torchvision's folder
     download: bool = False  # ... them, if need be
     skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt

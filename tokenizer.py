@@ -312,7 +312,7 @@ class ViT(nn.Module):
     def __init__(
             self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_hidden=3072,
             activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False, pre_norm=False,
-            eps=1e-6, normalize="imagenet", interpolation="bilinear", antialias=False):
+            normalize="imagenet", interpolation="bilinear", antialias=False):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.image_size = image_size
@@ -327,6 +327,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02) if class_token else None
         self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 0.02) if registers else None
         self.pos_embed = nn.Parameter(torch.randn(1, positions, embed_dim) * 0.02)
+        eps = 1e-5 if pre_norm else 1e-6  # CLIP's
         self.pre_norm = nn.LayerNorm(embed_dim, eps) if pre_norm else nn.Identity()
         block = embed_dim, num_heads, mlp_hidden, activation, layer_scale, eps
         self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
@@ -1923,7 +1924,6 @@ def vit_config(state):
     class_position = cls and math.isqrt(n) ** 2 != n
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     dinov2 = "blocks.0.ls1.gamma" in state
-    clip = dict(pre_norm=True, eps=1e-5, activation="gelu_quick", normalize="clip", interpolation="bicubic")
     activation = "gelu" if cls else "gelu_tanh"
     if len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden:
         activation = "swiglu"
@@ -1933,7 +1933,9 @@ def vit_config(state):
         activation=activation, class_token=cls, class_position=class_position, registers=registers, layer_scale=dinov2,
         normalize="imagenet" if cls else "half", interpolation="bicubic" if dinov2 else "bilinear",
         antialias=registers > 0)
-    return {**config, **clip} if "pre_norm.weight" in state else config
+    if "pre_norm.weight" in state:
+        config.update(pre_norm=True, activation="gelu_quick", normalize="clip", interpolation="bicubic")
+    return config
 
 
 def from_vfmvae(state):
@@ -2368,8 +2370,8 @@ def expand_ranges(pattern):
 
 def index_shards(paths, captions, cache):
     """WebDataset's tars, as img2dataset writes them (NAME.jpg, NAME.txt, NAME.json) -> their paths; rows of name
-    (SHARD/NAME.jpg) and place: [shard, image's start, its size, caption's start, its size], -1 where a sample has none.
-    captions: their suffix. Each tar is gone through once, the rows are kept in `cache`."""
+    (SHARD/NAME.jpg) and place: [shard, image's start, its size, caption's start, its size], -1 for what a sample lacks.
+    captions: their suffix. Each tar is gone through once; `cache` keeps the rows."""
     try:
         files = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     except OSError as error:
@@ -2412,18 +2414,19 @@ def open_shard(path):  # a file that is dropped closes itself
 
 def read_captions(folder):
     """{relative name: caption} of a folder's captions.json ({name: caption}, or a list of {file_name, caption}) or
-    captions.tsv (name TAB caption); {} without."""
-    found = {}
-    for path in sorted(Path(folder).glob("captions.[jt]s*")):
-        with reading(path):
-            text = path.read_text("utf-8")
-            if path.suffix == ".json":
-                found = json.loads(text)
-                if isinstance(found, list):
-                    found = {entry["file_name"]: entry["caption"] for entry in found}
-                return dict(found)
-            found = dict(line.split("\t", 1) for line in text.split("\n") if line)
-    return found
+    captions.tsv (name TAB caption), {} without."""
+    table = Path(folder, "captions.json")
+    lines = Path(folder, "captions.tsv")
+    if table.exists():
+        with reading(table):
+            found = json.loads(table.read_bytes())
+            if isinstance(found, list):
+                found = {row["file_name"]: row["caption"] for row in found}
+            return dict(found)
+    if lines.exists():
+        with reading(lines):
+            return dict(line.split("\t", 1) for line in lines.read_text("utf-8").split("\n") if line)
+    return {}
 
 
 class Images(Dataset):
@@ -2456,16 +2459,16 @@ class Images(Dataset):
         else:
             root = Path(data)
             shards = ".tar" in root.name and not root.is_dir()
-            root = root.parent if shards else root
-            held_out = split == "val" and (root / "val").is_dir()
-            if split == "val" and not held_out:
+            if shards:
+                root = root.parent
+            if split == "val" and not (root / "val").is_dir():
                 self.note = f"{root} has no folder val: these are the training images"
                 split = "train"
-            if shards:
-                paths = sorted((root / "val").glob("*.tar")) if held_out else expand_ranges(str(data))
-                self.open_shards(paths, cache)
-            else:
+            if not shards:
                 self.open_folder(root / split if (root / split).is_dir() else root)
+            else:
+                paths = expand_ranges(str(data)) if split != "val" else sorted(root.glob("val/*.tar"))
+                self.open_shards(paths, cache)
 
     def open_shards(self, paths, cache):
         """Samples without an image or a caption are left out; if none has a caption, those without an image."""
@@ -2537,27 +2540,17 @@ class Images(Dataset):
         except Exception as error:  # of damaged files
             raise UserError(f"no caption of {name}: {type(error).__name__}: {error}".replace("\n", " "))
 
-    def describe_captions(self, indices):
-        """A hash of what they depend on: the table, places in shards, or sizes of files."""
-        parts = self.captions
-        if self.places is not None:
-            parts = torch.from_numpy(self.places[indices])
-        elif isinstance(self.source, np.ndarray) and not self.captions:
-            files = [Path(os.fsdecode(name)).with_suffix(self.caption_suffix) for name in self.source[indices]]
-            parts = [path.exists() and path.stat().st_size for path in files]
-        return fingerprint(self.caption_key, parts)
-
     def require_captions(self):
         """From here on an image without one cannot be read."""
         self.captioned = isinstance(self.source, np.ndarray)
-        none = not self.captioned and not isinstance(self.source, Shapes)
-        if none or self.places is not None and self.places[0, 3] < 0:
+        known = self.captioned or isinstance(self.source, Shapes)
+        if not known or self.places is not None and self.places[0, 3] < 0:
             raise UserError("--text: these data have no captions")
 
     def in_text_training(self):
         """[n] bools: which images text training sees."""
         if isinstance(self.source, Shapes):
-            a = self.source.attributes(np.arange(len(self)))
+            a = self.source.every_attribute
             return ~Shapes.left_out(a["shape"], a["hue"])
         return np.ones(len(self), bool)
 
@@ -2732,8 +2725,12 @@ class Shapes(Dataset):
             ground=choose(3, self.hues), x=x, y=y, scale=scale, angle=angle, mirror=np.where(u[:, 8] < 0.5, -1.0, 1.0),
             place=place, size=quarter(scale, 0.55, 0.8), turn=quarter(angle, -0.4, 0.4), free=u[:, 9:])
 
+    @functools.cached_property
+    def every_attribute(self):
+        return self.attributes(np.arange(len(self)))
+
     def caption(self, index):
-        a = {k: v[0] for k, v in self.attributes([index]).items()}
+        a = {k: v[index] for k, v in self.every_attribute.items()}
         size = "large" if a["scale"] > 0.675 else "small"
         place = ("upper" if a["y"] < 0 else "lower") + (" left" if a["x"] < 0 else " right")
         return (f"a {size} {self.hues[a['hue']]} {self.classes[a['shape']]} at the {place} "
