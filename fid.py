@@ -54,7 +54,7 @@ class Config:
     prompts: str = ""  # ... of these lines in turn; empty: SAMPLES/prompts.json
     tokenizer: str = ""  # judge this one on held-out images
     data: str = ""  # ... of this data set; empty: its own
-    caption_key: str = ""  # ... of tars: samples have a NAME.json; empty: NAME.txt
+    caption_key: str = ""  # ... of tars: samples are NAME.json's, not NAME.txt's
     data_dir: str = "data"  # ... torchvision's folder
     download: bool = False  # ... them, if need be
     skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
@@ -72,8 +72,8 @@ INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weigh
 SETS = ("fid", "sfid", "is", "precision", "recall")
 PAIRS = ("psnr", "ssim", "lpips")
 HEADINGS = dict(
-    clip="CLIP score", sfid="sFID", precision="precision", recall="recall", rfid="rFID", rotation="equivariance error, quarter turn",
-    scaling="equivariance error, half size")
+    clip="CLIP score", sfid="sFID", precision="precision", recall="recall", rfid="rFID",
+    rotation="equivariance error, quarter turn", scaling="equivariance error, half size")
 NEEDS = dict(
     precision="the reference's images", recall="the reference's images", lpips="--lpips_weights",
     scaling="another --image_size")
@@ -571,41 +571,29 @@ def evaluate(cfg, world):
         samples=cfg.tokenizer, reference=f"held-out {cfg.data}, {size} px", images=dict(pairs=len(source)), **means)
 
 
-class CLIP(nn.Module):
-    """net(uint8 images [B, 3, H, W], captions) -> cosines [B] (arXiv 2103.00020). Arguments as load_text's."""
-
-    def __init__(self, path, **overrides):
-        super().__init__()
-        self.text = load_text(path, **overrides)
-        file = os.path.join(path, "model.safetensors") if os.path.isdir(path) else TEXTS.get(path, path)
-        self.vision = load_vfm(file, **overrides)
-        self.visual_projection = nn.Parameter(load_weights(file)["visual_projection.weight"].float(), False)
-
-    def forward(self, images, captions):
-        tokens, = self.vision(self.vision.resize(to_float(images)), cls=True)  # [B, 1 + N, D]
-        _, pooled = self.text(captions)
-        return F.cosine_similarity(tokens[:, 0] @ self.visual_projection.T, pooled)
-
-
 @torch.no_grad()
 @full_float32()
 def clip_score(cfg, world):
-    """Mean over samples of 100 max(cosine with the prompt, 0)."""
+    """Mean over samples of 100 max(cosine of CLIP's (arXiv 2103.00020) image and text vectors, 0)."""
     source = open_images(cfg.samples, cfg.image_size)
+    named = read_json(Path(cfg.samples, "prompts.json"))
+    captions = [named.get(path.name) for path in source.paths]
     if cfg.prompts:
         with reading(cfg.prompts):
             lines = Path(cfg.prompts).read_text().splitlines()
             captions = [lines[i % len(lines)] for i in range(len(source))]
-    else:
-        named = read_json(Path(cfg.samples, "prompts.json"))
-        captions = [named.get(path.name) for path in source.paths]
-        if None in captions:
-            raise UserError(f"{cfg.samples} has no prompts.json of all its images: --prompts=FILE, one a line")
-    net = CLIP(cfg.clip).to(world.device)
+    if None in captions:
+        raise UserError(f"{cfg.samples} has no prompts.json of all its images: --prompts=FILE, one a line")
+    file = f"{cfg.clip}/model.safetensors" if os.path.isdir(cfg.clip) else TEXTS.get(cfg.clip, cfg.clip)
+    text = load_text(cfg.clip).to(world.device)
+    vision = load_vfm(file).to(world.device)
+    projection = load_weights(file)["visual_projection.weight"].to(world.device, torch.float32)
     scores = torch.zeros(len(source), device=world.device)
     for indices, images in batches(source, world, cfg.batch_size, cfg.workers, cfg.samples):
         rows = slice(indices.start, indices.stop)
-        scores[rows] = 100 * net(images, captions[rows]).clamp_min(0)
+        tokens, = vision(vision.resize(to_float(images)), cls=True)  # [B, 1 + N, D]
+        _, pooled = text(captions[rows])
+        scores[rows] = 100 * F.cosine_similarity(tokens[:, 0] @ projection.T, pooled).clamp_min(0)
     means = summary(dict(clip=scores), world)
     return dict(samples=cfg.samples, reference=cfg.prompts or "their prompts", images=dict(pairs=len(source)), **means)
 

@@ -2318,8 +2318,8 @@ def load_text(name_or_path, **overrides):
 # Data: folders, shards, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
 
 def load_rgb(path, file=None):
-    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied. `file`:
-    open, what lies at that path in a shard."""
+    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied. `file`: of a
+    shard, open."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of odd files and large ones
@@ -2369,11 +2369,11 @@ def expand_ranges(pattern):
 
 
 def index_shards(paths, captions, cache):
-    """WebDataset's tars, as img2dataset writes them (NAME.jpg, NAME.txt, NAME.json) -> their paths; rows of name
-    (SHARD/NAME.jpg) and place: [shard, image's start, its size, caption's start, its size], -1 for what a sample lacks.
-    captions: their suffix. Each tar is gone through once; `cache` keeps the rows."""
+    """WebDataset's tars, as img2dataset writes them -> their paths; a row a sample: name (SHARD/NAME.jpg), place [shard,
+    image's start, size, caption's start, size], -1 for what it lacks. captions: their suffix. Tars are gone through
+    once: `cache` keeps the rows."""
     try:
-        files = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+        files = [(os.fspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     except OSError as error:
         raise UserError(f"no shard {error.filename}")
     index = Path(cache) / f"shards-{fingerprint(files, captions)[:8]}.npy"
@@ -2471,14 +2471,13 @@ class Images(Dataset):
                 self.open_shards(paths, cache)
 
     def open_shards(self, paths, cache):
-        """Samples without an image or a caption are left out; if none has a caption, those without an image."""
         self.paths, rows = index_shards(paths, self.caption_suffix, cache)
-        needed = 5 if (rows["place"][:, 3] >= 0).any() else 3
-        complete = (rows["place"][:, :needed] >= 0).all(1)
+        complete = (rows["place"] >= 0).all(1)
         if not complete.any():
             raise UserError(f"no images with a {self.caption_suffix} in {', '.join(self.paths[:3])}")
         if not complete.all():
-            self.note += f"{'; ' * bool(self.note)}{(~complete).sum()} incomplete samples are left out"
+            note = f"{(~complete).sum()} incomplete samples are left out"
+            self.note = f"{self.note}; {note}" if self.note else note
             rows = rows[complete]
         self.source = rows["name"]
         self.places = rows["place"]
@@ -2522,8 +2521,7 @@ class Images(Dataset):
         return len(self.source)
 
     def caption(self, index):
-        """Drawn, from the folder's table (see read_captions), or from NAME.txt, or NAME.json's field `caption_key`, beside
-        the image. UserError where there is none."""
+        """The toy's, the folder's table's, or of NAME.txt or NAME.json beside the image. UserError where there is none."""
         if isinstance(self.source, Shapes):
             return self.source.caption(index)
         name = os.fsdecode(self.source[index])
@@ -2542,10 +2540,9 @@ class Images(Dataset):
 
     def require_captions(self):
         """From here on an image without one cannot be read."""
-        self.captioned = isinstance(self.source, np.ndarray)
-        known = self.captioned or isinstance(self.source, Shapes)
-        if not known or self.places is not None and self.places[0, 3] < 0:
+        if not isinstance(self.source, (np.ndarray, Shapes)):
             raise UserError("--text: these data have no captions")
+        self.captioned = isinstance(self.source, np.ndarray)
 
     def in_text_training(self):
         """[n] bools: which images text training sees."""
