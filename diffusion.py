@@ -882,11 +882,12 @@ def train(cfg, world):
 
     def picture(step):
         columns = 8 if text else min(len(classes), 10)
-        y = torch.arange(columns).repeat(4)
-        names = [classes[i] for i in y]
         if text:
-            names = [held.caption(i) for i in some[:len(y)]]
+            names = [held.caption(i) for i in val.images_read[:4 * columns].tolist()]
             y = caption_states(text, text.ids(names).to(world.device))
+        else:
+            y = torch.arange(columns).repeat(4)
+            names = [classes[i] for i in y]
         sampling = Sampling(seed=cfg.seed, solver="ab2", num_steps=20, cfg_scale=3.0)
         pictures = generate(ema, tok, latents.mean, latents.std, range(len(y)), y, sampling, world)
         if world.rank == 0:

@@ -545,7 +545,9 @@ def no_features(images):
 def evaluate(cfg, world):
     """A tokenizer on held-out images, its training's unless cfg says otherwise."""
     tok = load_tokenizer(cfg.tokenizer).to(world.device)
-    cfg.data = cfg.data or tok.about.get("config", {}).get("data", "data/imagenet")
+    if not cfg.data:
+        cfg.data = tok.about.get("config", {}).get("data", "data/imagenet")
+        cfg.caption_key = tok.about.get("config", {}).get("caption_key", "")
     size = cfg.image_size or tok.resolution
     data = open_data(cfg, "val", size)
     source = Selection(data, cfg.images)
@@ -577,7 +579,7 @@ def clip_score(cfg, world):
     """Mean over samples of 100 max(cosine of CLIP's (arXiv 2103.00020) image and text vectors, 0)."""
     source = open_images(cfg.samples, cfg.image_size)
     named = read_json(Path(cfg.samples, "prompts.json"))
-    captions = [named.get(path.name) for path in source.paths]
+    captions = [named.get(Path(path).name) for path in source.paths]
     if cfg.prompts:
         with reading(cfg.prompts):
             lines = Path(cfg.prompts).read_text().splitlines()

@@ -3048,8 +3048,9 @@ def test_text_training_on_captioned_files(folder, cfg):
         found = []
         for name, data in ("shards", shards), ("files", files):
             out = f"{folder}/{len(text)}{name}"
-            with mock.patch.object(diffusion.Latents, "read", autospec=True, side_effect=diffusion.Latents.read) as read:
-                train_diffusion(cfg, data=data, text=text, out=out, **shared)
+            rows = mock.patch.object(diffusion.Latents, "read", autospec=True, side_effect=diffusion.Latents.read)
+            with rows as read:
+                train_diffusion(cfg, data=data, text=text, out=out, sample_interval=6, **shared)
             assert all((call.args[2] == 0).all() for call in read.call_args_list)
             found.append(load(f"{out}/diffusion-text.pt"))
         for part in "model", "ema", "optimizer", "latent_mean":
@@ -3071,7 +3072,7 @@ def test_text_training_on_captioned_files(folder, cfg):
 
 @with_diffusion_folder
 def test_captions_of_what_was_read(folder, cfg):
-    """Where --skip_bad=1 takes the next sample, for its image or for its caption, the next one's caption comes along."""
+    """Where --skip_bad=1 takes the next sample, for its image or its caption, the next one's caption comes along."""
     _, files = shards_and_folder(folder, 400)
     Path(files, "000000003.png").write_bytes(b"")
     Path(files, "000000020.txt").unlink()
@@ -3098,7 +3099,7 @@ def test_all_scripts_read_shards():
         shown = torchrun(HERE / "tokenizer.py", *flags, *tiny, "--workers=1")
         assert "vae on 40 images" in shown and shown.count("no folder val") == 1
         assert len(list(Path(folder).glob("shards-*.npy"))) == 1 and len(read_log(f"{folder}/out")) == 2
-        result, _ = run_fid(f"--tokenizer={folder}/out/tokenizer.pt", *flags, "--workers=1", net=Means())
+        result, _ = run_fid(f"--tokenizer={folder}/out/tokenizer.pt", *flags[2:], "--workers=1", net=Means())
         assert result["images"]["pairs"] == 40 and result["psnr"] > 5 and result["rfid"] > 0
 
 
@@ -3790,6 +3791,10 @@ def test_clip_score():
         Path(folder, "samples", "prompts.json").write_text(json.dumps({**named, "0001.png": "zebra"}))
         assert run_fid(*flags)[0]["clip"] != found["clip"]
         fails(lambda: run_fid(*flags, f"--prompts={folder}/none"), "none")
+        np.savez(f"{folder}/samples.npz", arr_0=images)
+        fails(lambda: run_fid(f"{folder}/samples.npz", *flags[1:]), "prompts.json")
+        npz, _ = run_fid(f"{folder}/samples.npz", *flags[1:], f"--prompts={folder}/lines.txt")
+        assert npz["clip"] == found["clip"]
         Path(folder, "lines.txt").write_text("")
         fails(lambda: run_fid(*flags, f"--prompts={folder}/lines.txt"), "lines.txt")
         state = dict(tokenizer.load_weights(f"{folder}/model.safetensors"))

@@ -2318,8 +2318,8 @@ def load_text(name_or_path, **overrides):
 # Data: folders, shards, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
 
 def load_rgb(path, file=None):
-    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied. `file`: of a
-    shard, open."""
+    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied. `file`: its
+    bytes in a shard."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of odd files and large ones
@@ -2369,9 +2369,9 @@ def expand_ranges(pattern):
 
 
 def index_shards(paths, captions, cache):
-    """WebDataset's tars, as img2dataset writes them -> their paths; a row a sample: name (SHARD/NAME.jpg), place [shard,
-    image's start, size, caption's start, size], -1 for what it lacks. captions: their suffix. Tars are gone through
-    once: `cache` keeps the rows."""
+    """WebDataset's tars, as img2dataset writes them -> their paths; a row a sample: name (SHARD/NAME.jpg) and place
+    [shard, image's start, size, caption's start, size], -1 for what it lacks. captions: their suffix. Tars are gone
+    through once: `cache` keeps the rows."""
     try:
         files = [(os.fspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     except OSError as error:
@@ -2521,7 +2521,7 @@ class Images(Dataset):
         return len(self.source)
 
     def caption(self, index):
-        """The toy's, the folder's table's, or of NAME.txt or NAME.json beside the image. UserError where there is none."""
+        """The toy's, the table's, or of NAME.txt or NAME.json beside the image. UserError where there is none."""
         if isinstance(self.source, Shapes):
             return self.source.caption(index)
         name = os.fsdecode(self.source[index])
