@@ -62,7 +62,8 @@ class Config:
     seed: int = 0  # of weights, batches, noise
     # data and its latents
     tokenizer: str = ""  # ours or official; empty: OUT/tokenizer.pt
-    data: str = "data/imagenet"  # class folders (maybe in train/, val/), shapes, CIFAR10, ...
+    data: str = "data/imagenet"  # folder, FOLDER/{00000..00099}.tar, shapes, CIFAR10, ...
+    caption_key: str = ""  # captions: this field of each NAME.json; empty: NAME.txt
     data_dir: str = "data"  # of torchvision's data sets
     download: bool = False  # if need be
     skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
@@ -815,6 +816,8 @@ def train(cfg, world):
     text = None
     if cfg.text:
         text = ShapesText() if cfg.text == "toy" else load_text(cfg.text).to(world.device)
+        images.require_captions()
+        held.require_captions()
     elif list(held.classes) != classes:
         raise UserError(f"{cfg.data}: val's classes are not train's")
     vfm = None
@@ -836,9 +839,9 @@ def train(cfg, world):
     mean, std = (values.view(-1, 1, 1).to(world.device) for values in (latents.mean, latents.std))
     if text:
         latents.mirrored = False  # left would be right
-        latents.labels = caption_ids(folder, text, images, np.arange(len(images)), world)  # [n, L]
-        val.labels = caption_ids(folder, text, held, some, world)
-        latents.rows = torch.from_numpy(np.flatnonzero(images.in_text_training()))
+        latents.labels = caption_ids(folder, text, images, latents.images_read, world)  # [n, L]
+        val.labels = caption_ids(folder, text, held, val.images_read, world)
+        latents.rows = torch.from_numpy(np.flatnonzero(images.in_text_training()[latents.images_read]))
 
     # the model
     origin = latents.meta["arrays"]["latents"]["of"]
@@ -880,11 +883,12 @@ def train(cfg, world):
 
     def picture(step):
         columns = 8 if text else min(len(classes), 10)
-        y = torch.arange(columns).repeat(4)
-        names = [classes[i] for i in y]
         if text:
-            names = [held.caption(i) for i in some[:len(y)]]
+            names = [held.caption(i) for i in val.images_read[:4 * columns].tolist()]
             y = caption_states(text, text.ids(names).to(world.device))
+        else:
+            y = torch.arange(columns).repeat(4)
+            names = [classes[i] for i in y]
         sampling = Sampling(seed=cfg.seed, solver="ab2", num_steps=20, cfg_scale=3.0)
         pictures = generate(ema, tok, latents.mean, latents.std, range(len(y)), y, sampling, world)
         if world.rank == 0:
@@ -966,16 +970,17 @@ def vfm_tokens(vfm, images, grid):
 
 
 class Latents(Dataset):
-    """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `labels` [n] (or captions'
-    ids [n, L]), the latents' `mean`, `std` [C]. Items are the images `rows`. The pixels of `images`, if set, come
-    along."""
+    """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `images_read` [n] (their
+    indices), `labels` [n] (or captions' ids [n, L]), the latents' `mean`, `std` [C]. Items are the images `rows`. The
+    pixels of `images`, if set, come along."""
     images = None
     mirrored = True  # half of the items
 
-    def __init__(self, folder, names):
+    def __init__(self, folder, names, labels):
         folder = Path(folder)
         self.meta = read_json(folder / "meta.json")
-        self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        self.images_read = torch.from_numpy(np.load(folder / "images_read.npy"))
+        self.labels = torch.as_tensor(labels)[self.images_read].long()
         self.rows = torch.arange(len(self.labels))
         self.mean = torch.tensor(self.meta["mean"])
         self.std = torch.tensor(self.meta["std"])
@@ -1002,11 +1007,11 @@ class Latents(Dataset):
 
 
 def caption_ids(folder, text, images, indices, world):
-    """Ids [n, L] of the captions of `images` at `indices`, kept in the folder."""
-    version = fingerprint(text.name, text.length, *images.identity(), torch.as_tensor(indices))[:8]
-    path = Path(folder) / f"ids-{version}.npy"
+    """Ids [n, L] of the captions of `images` at `indices` [n], kept in the folder."""
+    captions = [images.caption(i) for i in indices.tolist()]
+    path = Path(folder) / f"ids-{fingerprint(text.name, text.length, captions)[:8]}.npy"
     if world.rank == 0 and not path.exists():
-        ids = text.ids([images.caption(i) for i in indices]).numpy()
+        ids = text.ids(captions).numpy()
         with replacing(path) as temp, open(temp, "wb") as file:
             np.save(file, ids)
     world.barrier()
@@ -1036,19 +1041,21 @@ def cache_latents(
         if vfm:
             shape = [shape[0], (vfm.cls_token is not None) + grid ** 2, vfm.embed_dim]
             wanted["features"] = dict(shape=shape, dtype=dtype, of=fingerprint(vfm, origin))
-        open_cache(folder, wanted, np.asarray(images.labels)[indices].astype(np.int64))
+        open_cache(folder, wanted, indices)
     world.barrier()
     meta = read_json(folder / "meta.json")
     if meta["complete"]:
-        return Latents(folder, names)
+        return Latents(folder, names, images.labels)
 
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names}
-    labels = np.load(folder / "labels.npy", mmap_mode="r+")
+    images_read = np.load(folder / "images_read.npy", mmap_mode="r+")
     done = np.load(folder / "done.npy", mmap_mode="r+")
     mine = np.array_split(np.flatnonzero(done == 0), world.size)[world.rank]
     world.barrier()  # all have read
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    loader = make_loader(images, [indices[part].tolist() for part in parts], world, workers)
+    numbered = copy.copy(images)
+    numbered.labels = np.arange(len(images))  # of the images that are read: see Images
+    loader = make_loader(numbered, [indices[part].tolist() for part in parts], world, workers)
     for (pixels, read), part in zip(tqdm(loader, f"latents {folder.name}", disable=world.rank > 0), parts):
         x = to_float(pixels.to(world.device))
         x = torch.cat((x, x.flip(-1)))  # [2 b, 3, S, S]
@@ -1061,8 +1068,8 @@ def cache_latents(
             rows = torch.from_numpy(array).view(DTYPES[dtype][0])
             rows[2 * part], rows[2 * part + 1] = values[name].to("cpu", rows.dtype).chunk(2)
             array.flush()
-        labels[part] = read  # of the images that were read: see Images
-        labels.flush()
+        images_read[part] = read
+        images_read.flush()
         done[part] = 1
         done.flush()
     world.barrier()
@@ -1070,21 +1077,19 @@ def cache_latents(
         mean, std = latent_statistics(mapped(folder / "latents.npy", dtype))
         write_json(folder / "meta.json", dict(meta, complete=True, mean=mean.tolist(), std=std.tolist()))
     world.barrier()
-    return Latents(folder, names)
+    return Latents(folder, names, images.labels)
 
 
 def describe_images(images, indices):
-    """Files' names and sizes, labels, 16 images."""
-    files = len(images)
-    if isinstance(images.source, np.ndarray):  # paths
-        files = []
-        for path in images.source:
-            files.append((Path(os.fsdecode(path)).parts[-2:], os.path.exists(path) and os.stat(path).st_size))
+    """Files' names and sizes, 16 images."""
+    files = []
+    for path in images.paths:
+        files.append((Path(os.fsdecode(path)).parts[-2:], os.path.exists(path) and os.stat(path).st_size))
     pixels = [images[i][0] for i in indices[::-(-len(indices) // 16)]]
-    return [files, images.classes, torch.as_tensor(images.labels), torch.as_tensor(indices), *pixels]
+    return [files, len(images), images.classes, images.captioned, torch.as_tensor(indices), *pixels]
 
 
-def open_cache(folder, wanted, labels):
+def open_cache(folder, wanted, indices):
     """Makes the arrays `wanted`, empty, unless they are there, finished or not."""
     meta = read_json(folder / "meta.json")
     arrays = meta.get("arrays", {})
@@ -1102,8 +1107,8 @@ def open_cache(folder, wanted, labels):
     free = shutil.disk_usage(folder).free / 1e9
     if size > free:
         raise UserError(f"{folder} needs {size:,.1f} GB, {free:,.1f} GB are free")
-    np.save(folder / "done.npy", np.zeros(len(labels), np.uint8))
-    np.save(folder / "labels.npy", labels)
+    np.save(folder / "done.npy", np.zeros(len(indices), np.uint8))
+    np.save(folder / "images_read.npy", indices)
     for name, spec in wanted.items():
         allocate(folder / f"{name}.npy", DTYPES[spec["dtype"]][1], spec["shape"])
     write_json(folder / "meta.json", dict(arrays=wanted, complete=False))

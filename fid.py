@@ -6,6 +6,7 @@ Judges images as OpenAI's ADM evaluator does, the papers' one.
     python fid.py SAMPLES REFERENCE --metrics=fid --features=dinov2_vitl14  # another network's features
     python fid.py RECONSTRUCTIONS ORIGINALS --pairs=1  # PSNR, SSIM, LPIPS by name
     python fid.py --tokenizer=out/tokenizer.pt  # and rFID, equivariance on held-out images
+    python fid.py SAMPLES --clip=FOLDER  # CLIP score of samples and their prompts
 
 A reference's statistics are kept in REFERENCE.inception.npz (a reference, too).
 FID: arXiv 1706.08500; sFID: 2103.03841; IS: 1606.03498; precision and recall: 1904.06991; the evaluator:
@@ -13,6 +14,7 @@ github.com/openai/guided-diffusion.
 """
 import contextlib
 import math
+import os
 import re
 import sys
 import zipfile
@@ -22,9 +24,9 @@ from pathlib import Path
 
 # before torch, for whose threads tokenizer.py sets the environment
 from tokenizer import (
-    LPIPS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint, init_world,
-    list_images, load_checkpoint, load_rgb, load_state, load_tokenizer, load_vfm, load_weights, main, open_data,
-    parse_config, psnr, read_json, reading, replacing, save_checkpoint, shrink, ssim, to_float, to_uint8,
+    LPIPS, TEXTS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint, init_world,
+    list_images, load_checkpoint, load_rgb, load_state, load_text, load_tokenizer, load_vfm, load_weights, main,
+    open_data, parse_config, psnr, read_json, reading, replacing, save_checkpoint, shrink, ssim, to_float, to_uint8,
     train_on_shapes, write_json)
 
 import numpy as np
@@ -48,8 +50,11 @@ class Config:
     inception: str = ""  # its weights; empty: fetch pytorch-fid's
     pairs: bool = False  # PSNR, SSIM, LPIPS of equal names in two folders
     lpips_weights: str = ""  # files of VGG16,LPIPS; empty: fetch them
+    clip: str = ""  # CLIP score by clip-vit-large-patch14, or its folder
+    prompts: str = ""  # ... of these lines in turn; empty: SAMPLES/prompts.json
     tokenizer: str = ""  # judge this one on held-out images
     data: str = ""  # ... of this data set; empty: its own
+    caption_key: str = ""  # ... of tars: samples are NAME.json's, not NAME.txt's
     data_dir: str = "data"  # ... torchvision's folder
     download: bool = False  # ... them, if need be
     skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
@@ -67,8 +72,8 @@ INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weigh
 SETS = ("fid", "sfid", "is", "precision", "recall")
 PAIRS = ("psnr", "ssim", "lpips")
 HEADINGS = dict(
-    sfid="sFID", precision="precision", recall="recall", rfid="rFID", rotation="equivariance error, quarter turn",
-    scaling="equivariance error, half size")
+    clip="CLIP score", sfid="sFID", precision="precision", recall="recall", rfid="rFID",
+    rotation="equivariance error, quarter turn", scaling="equivariance error, half size")
 NEEDS = dict(
     precision="the reference's images", recall="the reference's images", lpips="--lpips_weights",
     scaling="another --image_size")
@@ -540,7 +545,9 @@ def no_features(images):
 def evaluate(cfg, world):
     """A tokenizer on held-out images, its training's unless cfg says otherwise."""
     tok = load_tokenizer(cfg.tokenizer).to(world.device)
-    cfg.data = cfg.data or tok.about.get("config", {}).get("data", "data/imagenet")
+    if not cfg.data:
+        cfg.data = tok.about.get("config", {}).get("data", "data/imagenet")
+        cfg.caption_key = tok.about.get("config", {}).get("caption_key", "")
     size = cfg.image_size or tok.resolution
     data = open_data(cfg, "val", size)
     source = Selection(data, cfg.images)
@@ -564,6 +571,33 @@ def evaluate(cfg, world):
         means.update(features=net.name, rfid=judged["fd"])
     return dict(
         samples=cfg.tokenizer, reference=f"held-out {cfg.data}, {size} px", images=dict(pairs=len(source)), **means)
+
+
+@torch.no_grad()
+@full_float32()
+def clip_score(cfg, world):
+    """Mean over samples of 100 max(cosine of CLIP's (arXiv 2103.00020) image and text vectors, 0)."""
+    source = open_images(cfg.samples, cfg.image_size)
+    named = read_json(Path(cfg.samples, "prompts.json"))
+    captions = [named.get(Path(path).name) for path in source.paths]
+    if cfg.prompts:
+        with reading(cfg.prompts):
+            lines = Path(cfg.prompts).read_text().splitlines()
+            captions = [lines[i % len(lines)] for i in range(len(source))]
+    if None in captions:
+        raise UserError(f"{cfg.samples} has no prompts.json of all its images: --prompts=FILE, one a line")
+    file = f"{cfg.clip}/model.safetensors" if os.path.isdir(cfg.clip) else TEXTS.get(cfg.clip, cfg.clip)
+    text = load_text(cfg.clip).to(world.device)
+    vision = load_vfm(file).to(world.device)
+    projection = load_weights(file)["visual_projection.weight"].to(world.device, torch.float32)
+    scores = torch.zeros(len(source), device=world.device)
+    for indices, images in batches(source, world, cfg.batch_size, cfg.workers, cfg.samples):
+        rows = slice(indices.start, indices.stop)
+        tokens, = vision(vision.resize(to_float(images)), cls=True)  # [B, 1 + N, D]
+        _, pooled = text(captions[rows])
+        scores[rows] = 100 * F.cosine_similarity(tokens[:, 0] @ projection.T, pooled).clamp_min(0)
+    means = summary(dict(clip=scores), world)
+    return dict(samples=cfg.samples, reference=cfg.prompts or "their prompts", images=dict(pairs=len(source)), **means)
 
 
 # --------------------------------------
@@ -785,6 +819,9 @@ def run():
     if cfg.tokenizer:
         metrics = (*PAIRS, "rfid", "rotation", "scaling")
         result = evaluate(cfg, world)
+    elif cfg.clip:
+        metrics = ["clip"]
+        result = clip_score(cfg, world)
     elif cfg.pairs:
         result = judge_pairs(cfg, metrics, world)
     else:

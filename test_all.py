@@ -27,6 +27,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -531,6 +532,217 @@ def test_broken_image_ends_training_with_one_line():
         output = script("tokenizer.py", *flags, "--batch_size=6", "--kimg=0.012", "--workers=1", status=1)
         last = output.strip().splitlines()[-1]
         assert last.startswith("tokenizer.py: cannot read image") and "0.png" in last, output
+
+
+def sample_files(i, captions, suffix="png"):
+    """A sample's files: a drawing of 32 px and its caption."""
+    pixels, _ = Shapes("train", 32)[i]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, dict(jpg="JPEG").get(suffix, suffix), lossless=True)
+    text = captions(i)
+    info = json.dumps(dict(caption=text, key=f"{i:09d}", long=f"really {text}", nothing=None))
+    contents = {suffix: buffer.getvalue(), "txt": f"{text}\n".encode(), "json": info.encode()}
+    return {f"{i:09d}.{suffix}": content for suffix, content in contents.items()}
+
+
+def write_shard(path, files):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def shards_and_folder(folder, n=40):
+    """The same captioned drawings as FOLDER/shards/{000..003}.tar and FOLDER/files/NAME.{png,txt,json}."""
+    caption = Shapes("train", 32).caption
+    for shard in range(4):
+        files = {}
+        for i in range(shard * n // 4, (shard + 1) * n // 4):
+            files.update(sample_files(i, caption))
+        write_shard(f"{folder}/shards/{shard:03d}.tar", files)
+        for name, content in files.items():
+            path = Path(folder, "files", name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+    return f"{folder}/shards/{{000..003}}.tar", f"{folder}/files"
+
+
+def test_shards():
+    """Images and captions of samples in tars, whatever their folders, formats and order; incomplete ones are counted
+    and left out; a tar is gone through once; workers read the same."""
+    caption = Shapes("train", 32).caption
+    with tempfile.TemporaryDirectory() as folder:
+        first = {}
+        for i, suffix in enumerate(("png", "webp", "PNG", "jpg")):
+            files = sample_files(i, caption, suffix.lower())
+            first.update({(f"a/b/{name}".replace(".png", ".PNG") if i == 2 else name): v for name, v in files.items()})
+        long = "very/" * 40  # PAX and GNU headers precede the sample's
+        second = {f"{long}{name}": content for name, content in sample_files(4, caption).items()}
+        second.update({"._x.png": b"", "000000005.png": first["000000000.png"], "000000006.txt": b"no image"})
+        write_shard(f"{folder}/08.tar", first)
+        write_shard(f"{folder}/09.tar", second)
+        write_shard(f"{folder}/10.tar", sample_files(7, caption))
+        pattern = f"{folder}/{{08..10}}.tar"
+        make = functools.partial(tokenizer.Images, pattern, "train", 32, cache=folder)
+        data = make()
+        assert data.note == "2 incomplete samples are left out" and data.classes == ["image"]
+        assert [data.caption(i) for i in range(6)] == [caption(i) for i in (0, 1, 2, 3, 4, 7)]
+        for i, name in enumerate(("000000000.png", "000000001.webp", "a/b/000000002.PNG", "000000003.jpg")):
+            pixels, label = data[i]
+            want = np.asarray(Image.open(io.BytesIO(first[name])).convert("RGB"))
+            assert label == 0 and (pixels.permute(1, 2, 0).numpy() == want).all(), name
+        assert torch.equal(data[4][0], Shapes("train", 32)[4][0]) and torch.equal(data[5][0], Shapes("train", 32)[7][0])
+        assert os.fsdecode(data.source[2]) == f"{folder}/08.tar/a/b/000000002.PNG"
+        with mock.patch.object(tarfile, "open", side_effect=AssertionError):
+            again = make()
+            assert (again.places == data.places).all() and again.note == data.note
+        keyed = make(caption_key="long")
+        assert keyed.caption(5) == f"really {caption(7)}"
+        fails(lambda: make(caption_key="nothing").caption(5), "no caption of", "10.tar/000000007.png")
+        fails(lambda: make(caption_key="other").caption(5), "no caption of", "other")
+        held_out = tokenizer.Images(pattern, "val", 32, cache=folder)
+        assert len(held_out) == 6 and "no folder val" in held_out.note and "2 incomplete" in held_out.note
+        write_shard(f"{folder}/val/0.tar", sample_files(9, caption))
+        held_out = tokenizer.Images(pattern, "val", 32, cache=folder)
+        assert [held_out.caption(0)] == [caption(9)] and not held_out.note
+        loader = tokenizer.make_loader(data, tokenizer.step_batches(6, 3, 0, 0, 4, WORLD), WORLD, 2)
+        alone = tokenizer.make_loader(data, tokenizer.step_batches(6, 3, 0, 0, 4, WORLD), WORLD, 0)
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(loader, alone, strict=True))
+        write_shard(f"{folder}/10.tar", {**sample_files(7, caption), **sample_files(8, caption)})
+        assert make().caption(6) == caption(8)  # it has changed: a new index
+
+
+def test_shards_that_cannot_be_read():
+    """Missing, compressed, truncated, other and empty ones: a line each, with the path."""
+    def refused(pattern, *words):
+        fails(lambda: tokenizer.Images(f"{folder}/{pattern}", "train", 32, cache=folder), *words)
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = sample_files(0, Shapes("train", 32).caption)
+        write_shard(f"{folder}/00.tar", files)
+        refused("{00..03}.tar", "no shard", "01.tar")
+        refused("{00..99999999999999}.tar", "01.tar")
+        refused("{03..00}.tar", "no images")
+        whole = Path(folder, "00.tar").read_bytes()
+        for name in "01.tar", "x.tar.gz":
+            Path(folder, name).write_bytes(gzip.compress(whole))
+            refused(name, f"{name} is no whole, uncompressed tar")
+        refused("{00..01}.tar", "01.tar is no whole, uncompressed tar")
+        for content in b"not a tar" * 99, b"", whole[:700], whole[:200]:
+            Path(folder, "02.tar").write_bytes(content)
+            refused("02.tar", "02.tar is no whole, uncompressed tar")
+        Path(folder, "03.tar").mkdir()
+        refused("{03..03}.tar", "03.tar", "directory")
+        write_shard(f"{folder}/04.tar", {"a.txt": b"", "README": b""})
+        refused("04.tar", "no images with a .txt", "04.tar")
+
+
+def test_bad_samples_of_shards():
+    """A broken image ends the run with its name; --skip_bad=1 takes the next one's, up to 1%."""
+    with tempfile.TemporaryDirectory() as folder:
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+        files = {}
+        for i in range(200):
+            files.update({f"{i:03d}.png": b"" if i == 7 else buffer.getvalue(), f"{i:03d}.txt": b"%d" % i})
+        write_shard(f"{folder}/0.tar", files)
+        cfg = parse(f"--data={folder}/{{0..0}}.tar", f"--out={folder}/out", f"--cache={folder}", "--skip_bad=1")
+        fails(lambda: tokenizer.open_data(changed(cfg, skip_bad=False), "train", 8)[7], "cannot read image", "007.png")
+        data = tokenizer.open_data(cfg, "train", 8)
+        assert data.read(7)[1] == 8 and data.read(9)[1] == 9
+        assert Path(folder, "out", "bad_images.txt").read_text() == f"{folder}/0.tar/007.png\n"
+        for i in 11, 12:
+            files[f"{i:03d}.png"] = b"damaged"
+        write_shard(f"{folder}/0.tar", files)
+        data = tokenizer.open_data(cfg, "train", 8)
+        fails(lambda: [data[i] for i in range(200)], "more than 1%", "bad_images.txt")
+
+
+def test_random_damage_of_shards():
+    """Tars with bytes changed, cut or doubled: they load, or end in one line."""
+    draw = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "0.tar")
+        files = {}
+        for i in range(3):
+            files.update(sample_files(i, Shapes("train", 32).caption))
+        write_shard(path, files)
+        whole = np.frombuffer(path.read_bytes(), np.uint8)
+        headers = [i for i in range(0, len(whole), 512) if whole[i:i + 4].tobytes() == b"0000"]
+        assert len(headers) == 9
+        refused = 0
+        loaded = 0
+        for k in range(200):
+            damaged = whole.copy()
+            start = 0
+            if k % 2:  # in a header, whose checksum is made to fit
+                start = int(draw.choice(headers))
+            at = start + draw.integers(512 if k % 2 else len(whole), size=3)
+            damaged[at] = draw.integers(256, size=3)
+            if k % 10 == 1:
+                damaged[start + 124:start + 136] = 255  # its size: -1
+            if k % 10 == 3:
+                damaged[start + 156] = draw.choice(np.frombuffer(b"012345LKgxSV", np.uint8))  # its type
+            if k % 2:
+                header = damaged[start:start + 512]
+                total = int(header.sum()) - int(header[148:156].sum()) + 8 * 32
+                header[148:156] = np.frombuffer(b"%06o\0 " % total, np.uint8)
+            damaged = damaged[:int(at[0])] if k % 8 == 2 else damaged
+            damaged = np.concatenate([damaged[:at[1]], damaged]) if k % 8 == 4 else damaged
+            path.write_bytes(damaged.tobytes())
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):
+                    data = tokenizer.Images(str(path), "train", 32, cache=folder)
+                for i in range(len(data)):
+                    data.caption(i)
+                    data[i]
+                loaded += 1
+            except UserError as error:
+                assert "\n" not in str(error) and "0.tar" in str(error), error
+                refused += 1
+        assert refused > 50 and loaded > 20, (refused, loaded)
+
+
+def test_captions_of_folders():
+    """NAME.txt or a field of NAME.json beside an image, or a table in the folder, also over class folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        image_folder(folder, ["train"])
+        root = Path(folder, "train")
+        names = [f"{label}/{i}.png" for label in ("cat", "dog") for i in range(3)]
+
+        def captions(**keywords):
+            data = tokenizer.Images(folder, "train", 32, **keywords)
+            data.require_captions()
+            return [data.caption(i) for i in range(6) if data[i]]
+
+        fails(captions, "no caption of", "cat/0.png", "0.txt")
+        for i, name in enumerate(names):
+            path = root / name
+            path.with_suffix(".txt").write_text(f"t{i} é\n", "utf-8")
+            path.with_suffix(".json").write_text(json.dumps(dict(text=f"j{i}", number=3)))
+        assert captions() == [f"t{i} é" for i in range(6)]
+        assert captions(caption_key="text") == [f"j{i}" for i in range(6)]
+        fails(lambda: captions(caption_key="number"), "no caption of", "0.png")
+        (root / "cat" / "1.txt").write_bytes(b"\xff")
+        fails(captions, "no caption of", "1.png")
+        (root / "captions.tsv").write_text("".join(f"{name}\ttsv {name}\n" for name in names))
+        assert captions() == [f"tsv {name}" for name in names]
+        (root / "captions.json").write_text(json.dumps({name: f"json {name}" for name in names}))
+        assert captions(caption_key="text") == [f"json {name}" for name in names]
+        rows = [dict(file_name=name, caption=f"list {name}") for name in names]
+        (root / "captions.json").write_text(json.dumps(rows))
+        assert captions() == [f"list {name}" for name in names]
+        (root / "captions.json").write_text(json.dumps(rows[:2]))
+        (root / "captions.tsv").unlink()
+        fails(captions, "no caption of", "cat/2.png")
+        for damaged in "{", '[{"caption": "a"}]', "[3]", "3":
+            (root / "captions.json").write_text(damaged)
+            fails(captions, "captions.json is damaged")
+    data = tokenizer.Images("shapes", "train", 32, cache=None)
+    data.source = [data.source[0]]  # as torchvision's
+    fails(data.require_captions, "these data have no captions")
 
 
 def test_fashion_mnist():
@@ -2711,6 +2923,45 @@ def test_reconstruct(folder, cfg):
         fails(lambda: sample.reconstruct(changed(config, reconstruct=where), WORLD), *words)
 
 
+def flux_file(path, **arguments):
+    """A VAE as in FLUX's ae.safetensors: LDM's names, no quant convolutions."""
+    torch.manual_seed(0)
+    parts = dict(encoder=tokenizer.LDMEncoder(**arguments), decoder=tokenizer.LDMDecoder(**arguments))
+    state = {}
+    for name, part in parts.items():
+        state.update({f"{name}.{k}": v for k, v in part.state_dict().items() if "quant_conv" not in k})
+    write_safetensors(path, state)
+    return parts
+
+
+@with_diffusion_folder
+def test_flux_autoencoder(folder, cfg):
+    """Its moments are the encoder's last convolution's; it reconstructs, and serves diffusion with patches of 2."""
+    path = f"{folder}/ae.safetensors"
+    parts = flux_file(path, z_dim=16, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
+    assert not any("quant" in key for key in tokenizer.load_weights(path))
+    tok = tokenizer.load_tokenizer(path)
+    assert (tok.z_dim, tok.downsample, tok.arch["encoder"]["attn_levels"]) == (16, 8, [])
+    x = image(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        mean, logvar = parts["encoder"].body(x).chunk(2, 1)
+        torch.testing.assert_close(list(tok.encode(x)), [mean, logvar])
+        parts["decoder"].post_quant_conv = nn.Identity()
+        torch.testing.assert_close(tok.decode(mean), parts["decoder"](mean))
+    flags = (f"--reconstruct={cfg.data}/val/9", f"--tokenizer={path}", f"--out={folder}/out")
+    assert "3 images" in command(sample, *flags)
+    train_diffusion(cfg, tokenizer=path, image_size=32, patch_size=2, out=f"{folder}/flux", encode_batch=48)
+    model = diffusion.load_diffusion(f"{folder}/flux/diffusion.pt")
+    assert (model.in_channels, model.grid, model.patch_size) == (16, 2, 2)
+    with torch.device("meta"):
+        published = [part(16, 128, (1, 2, 4, 4), 2) for part in (tokenizer.LDMEncoder, tokenizer.LDMDecoder)]
+    assert abs(millions(*published) - 83.82) < 0.01
+    state = dict(tokenizer.load_weights(path))
+    del state["decoder.norm_out.weight"]
+    write_safetensors(path, state)
+    fails(lambda: tokenizer.load_tokenizer(path), "ae.safetensors", "norm_out")
+
+
 # --- text ---
 
 def test_toy_captions_as_words():
@@ -2811,6 +3062,77 @@ def test_text_training_and_sampling():
         fails(lambda: command(align, f"{cfg.out}/diffusion-text.pt", "--steps=1", flag), "joint training", "classes")
         train_diffusion(changed(cfg, text=""))
         fails(lambda: command(sample, *flags, f"--ckpt={cfg.out}/diffusion.pt", "--prompt=a red star"), "classes")
+
+
+@with_diffusion_folder
+def test_text_training_on_captioned_files(folder, cfg):
+    """Shards and a folder of the same captioned drawings train the same model to the bit, on a text tower's file and on
+    the toy's words, stopped or not; on unmirrored latents; without captions, one line."""
+    shards, files = shards_and_folder(folder)
+    text_folder(folder, "siglip2")
+    path = Path(folder, "model.safetensors")
+    state = dict(tokenizer.load_weights(path))
+    vocab = json.loads(Path(folder, "tokenizer.json").read_text())["model"]["vocab"]
+    state["text_model.embeddings.token_embedding.weight"] = torch.randn(max(vocab.values()) + 1, 64)
+    write_safetensors(path, state)
+    shared = dict(tokenizer=f"{cfg.out}/tokenizer.pt", cache=folder, workers=1)
+    for text in "toy", folder:
+        found = []
+        for name, data in ("shards", shards), ("files", files):
+            out = f"{folder}/{len(text)}{name}"
+            rows = mock.patch.object(diffusion.Latents, "read", autospec=True, side_effect=diffusion.Latents.read)
+            with rows as read:
+                train_diffusion(cfg, data=data, text=text, out=out, sample_interval=6, **shared)
+            assert all((call.args[2] == 0).all() for call in read.call_args_list)
+            found.append(load(f"{out}/diffusion-text.pt"))
+        for part in "model", "ema", "optimizer", "latent_mean":
+            assert_same(found[0][part], found[1][part], f"{text}.{part}")
+        ids, = Path(out, "latents").glob("ids-*.npy")  # train's and val's: the same images
+        encoder = tokenizer.ShapesText() if text == "toy" else tokenizer.load_text(text)
+        assert np.array_equal(np.load(ids), encoder.ids([Shapes("train", 32).caption(i) for i in range(40)]))
+    parts = changed(cfg, data=shards, text=folder, out=f"{folder}/parts", save_interval=0, **shared)
+    stop_in(lambda: diffusion.train(parts, WORLD), 2)
+    train_diffusion(parts)
+    assert_same(load(f"{folder}/parts/diffusion-text.pt")["optimizer"], found[0]["optimizer"])
+    Path(files, "000000003.txt").write_text("a small blue ring at the lower left on a red background, clouds")
+    train_diffusion(cfg, data=files, text=text, out=out, steps=7, **shared)
+    assert len(list(Path(out, "latents").glob("ids-*.npy"))) == 2  # another caption
+    fails(lambda: train_diffusion(cfg, data=files, text=text, out=f"{folder}/key", caption_key="url", **shared),
+          "no caption of", "url")
+    fails(lambda: train_diffusion(cfg, text="toy"), "no caption of", ".png", ".txt")
+
+
+@with_diffusion_folder
+def test_captions_of_what_was_read(folder, cfg):
+    """Where --skip_bad=1 takes the next sample, for its image or its caption, the next one's caption comes along."""
+    _, files = shards_and_folder(folder, 400)
+    Path(files, "000000003.png").write_bytes(b"")
+    Path(files, "000000020.txt").unlink()
+    for number in 19, 21, 4:  # images by which the others are told
+        Path(files, f"{number:09d}.txt").write_text("a small blue ring at the lower left on a red background clouds")
+    cfg = changed(cfg, data=files, text="toy", steps=1, skip_bad=True)
+    train_diffusion(cfg)
+    ids, = Path(cfg.out, "latents").glob("ids-*.npy")
+    ids = np.load(ids)
+    read = np.load(Path(cfg.out, "latents", "train", "images_read.npy"))
+    assert read[3] == 4 and read[20] == 21 and (read == np.arange(400)).sum() == 398
+    assert (ids[3] == ids[4]).all() and (ids[20] == ids[21]).all() and (ids[2] != ids[3]).any()
+    latents = np.load(Path(cfg.out, "latents", "train", "latents.npy"))
+    assert (latents[40] == latents[42]).all() and (latents[38] != latents[40]).any()
+    assert Path(cfg.out, "bad_images.txt").read_text().count("\n") == 2
+
+
+def test_all_scripts_read_shards():
+    """tokenizer.py with workers on two processes, which index them once, and fid.py --tokenizer; the toy's prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards, _ = shards_and_folder(folder)
+        flags = (f"--data={shards}", "--caption_key=long", f"--cache={folder}", f"--out={folder}/out")
+        tiny = ("--method=vae", "--recipe=study", "--kimg=0.032", "--ch_mult=1,1,1,1", "--log_interval=1")
+        shown = torchrun(HERE / "tokenizer.py", *flags, *tiny, "--workers=1")
+        assert "vae on 40 images" in shown and shown.count("no folder val") == 1
+        assert len(list(Path(folder).glob("shards-*.npy"))) == 1 and len(read_log(f"{folder}/out")) == 2
+        result, _ = run_fid(f"--tokenizer={folder}/out/tokenizer.pt", *flags[2:], "--workers=1", net=Means())
+        assert result["images"]["pairs"] == 40 and result["psnr"] > 5 and result["rfid"] > 0
 
 
 # --- several processes, command lines ---
@@ -3441,6 +3763,76 @@ def test_pairs_refuse():
         for a, b in ("ab", "ba"):
             run = functools.partial(run_fid, f"{folder}/{a}", f"{folder}/{b}", *flags)
             fails(run, "2 images have no partner of the same name: 0001, 0002")
+
+
+def clip_folder(folder):
+    """CLIP's files: the golden towers, and letters for tokens."""
+    g = golden("clip_vision")
+    text = golden("text")
+    keys = text["towers"]["clip"]["keys"]
+    state = {key: tensor(key, shape, text["salt"]) for key, shape in keys.items()}
+    state.update(fill(g), logit_scale=torch.zeros([]))
+    state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    write_safetensors(f"{folder}/model.safetensors", state)
+    letters = [chr(c) + end for end in ("", "</w>") for c in range(97, 123)]
+    vocab = {letter: i for i, letter in enumerate(letters)} | {"<|startoftext|>": 118, "<|endoftext|>": 119}
+    Path(f"{folder}/vocab.json").write_text(json.dumps(vocab))
+    Path(f"{folder}/merges.txt").write_text("#version: 0.2\n")
+    return g, (image(3, 3, 32, 32, salt=g["salt"]) * 255).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def test_clip_golden():
+    """The image tower's states and projections are transformers'."""
+    with tempfile.TemporaryDirectory() as folder:
+        g, images = clip_folder(folder)
+        path = f"{folder}/model.safetensors"
+        vit = tokenizer.load_vfm(path, num_heads=g["heads"])
+        state, last = vit(tokenizer.to_float(images), layers=(2, -1), cls=True)
+        check(state, g["last"], 1e-4, 1e-5)
+        projection = tokenizer.load_weights(path)["visual_projection.weight"]
+        torch.testing.assert_close(last[:, 0] @ projection.T, torch.tensor(g["projected"]), rtol=1e-4, atol=1e-5)
+        assert vit.resize(torch.zeros(1, 3, 64, 64)).shape[2:] == (32, 32) and vit.interpolation == "bicubic"
+
+
+@torch.no_grad()
+def test_clip_score():
+    """Mean of 100 max(cos, 0) of each sample with its own prompt, from prompts.json or of a file in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        clip_folder(folder)
+        images = pixels(7, 32, "clip")
+        write_images(f"{folder}/samples", images)
+        captions = ["q", "owl", "two dogs"]
+        asked = [captions[i % 3] for i in range(7)]
+        path = f"{folder}/model.safetensors"
+        last, = tokenizer.load_vfm(path)(tokenizer.to_float(planes(images)), cls=True)
+        projection = tokenizer.load_weights(path)["visual_projection.weight"]
+        cosines = F.cosine_similarity(last[:, 0] @ projection.T, tokenizer.load_text(path)(asked)[1])
+        want = 100 * cosines.clamp(min=0).mean().item()
+        assert (cosines < 0).any() and (cosines > 0).any()  # else the clamp is not seen
+        flags = (f"{folder}/samples", f"--clip={folder}", f"--out={folder}", "--batch_size=3", "--workers=0")
+        fails(lambda: run_fid(*flags), "prompts.json", "--prompts")
+        Path(folder, "lines.txt").write_text("\n".join(captions))
+        found, shown = run_fid(*flags, f"--prompts={folder}/lines.txt")
+        np.testing.assert_allclose(found["clip"], want, rtol=1e-4)
+        assert found["images"] == dict(pairs=7) and re.search(r"CLIP score +\d+\.\d+ \+- ", shown)
+        named = {f"{i:04d}.png": text for i, text in enumerate(asked)}
+        Path(folder, "samples", "prompts.json").write_text(json.dumps(named))
+        assert run_fid(*flags)[0]["clip"] == found["clip"]
+        assert run_fid(flags[0], f"--clip={path}", *flags[2:])[0]["clip"] == found["clip"]
+        Path(folder, "samples", "prompts.json").write_text(json.dumps({**named, "0001.png": "zebra"}))
+        assert run_fid(*flags)[0]["clip"] != found["clip"]
+        fails(lambda: run_fid(*flags, f"--prompts={folder}/none"), "none")
+        np.savez(f"{folder}/samples.npz", arr_0=images)
+        fails(lambda: run_fid(f"{folder}/samples.npz", *flags[1:]), "prompts.json")
+        npz, _ = run_fid(f"{folder}/samples.npz", *flags[1:], f"--prompts={folder}/lines.txt")
+        assert npz["clip"] == found["clip"]
+        Path(folder, "lines.txt").write_text("")
+        fails(lambda: run_fid(*flags, f"--prompts={folder}/lines.txt"), "lines.txt")
+        state = dict(tokenizer.load_weights(f"{folder}/model.safetensors"))
+        del state["visual_projection.weight"]
+        write_safetensors(f"{folder}/model.safetensors", state)
+        fails(lambda: run_fid(*flags), "visual_projection.weight")
 
 
 def test_evaluate():

@@ -35,6 +35,7 @@ import functools
 import hashlib
 import heapq
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -44,6 +45,7 @@ import resource
 import signal
 import statistics
 import sys
+import tarfile
 import textwrap
 import time
 import typing
@@ -81,7 +83,8 @@ class Config:
     resume: bool = True  # go on from OUT/tokenizer.pt
     seed: int = 0  # of weights, batches, noise
     # data
-    data: str = "data/imagenet"  # folder (flat or of classes), shapes, CIFAR10
+    data: str = "data/imagenet"  # folder (flat or of classes), FOLDER/{00000..00099}.tar, shapes, CIFAR10
+    caption_key: str = ""  # captions: this field of each NAME.json; empty: NAME.txt
     data_dir: str = "data"  # torchvision's data sets
     download: bool = False  # fetch them
     skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
@@ -297,11 +300,12 @@ class ViTBlock(nn.Module):
 
 NORMALIZATION = dict(  # mean and std of [0, 1]
     imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    half=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    half=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    clip=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
 
 
 class ViT(nn.Module):
-    """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE.
+    """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE, CLIP.
 
     vit(images [B, 3, H, W] in [-1, 1], layers=(0, 12, -1), cls=False) -> one [B, N, D] per layer: 0 the embedding, i
     block i's output, -1 the normalised last; patch tokens row-major, without registers (cls=True: behind the class
@@ -309,7 +313,7 @@ class ViT(nn.Module):
 
     def __init__(
             self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_hidden=3072,
-            activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False,
+            activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False, pre_norm=False,
             normalize="imagenet", interpolation="bilinear", antialias=False):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -325,9 +329,11 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02) if class_token else None
         self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 0.02) if registers else None
         self.pos_embed = nn.Parameter(torch.randn(1, positions, embed_dim) * 0.02)
-        block = embed_dim, num_heads, mlp_hidden, activation, layer_scale
+        eps = 1e-5 if pre_norm else 1e-6  # CLIP's
+        self.pre_norm = nn.LayerNorm(embed_dim, eps) if pre_norm else nn.Identity()
+        block = embed_dim, num_heads, mlp_hidden, activation, layer_scale, eps
         self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, 1e-6)
+        self.norm = nn.LayerNorm(embed_dim, eps)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION[normalize])
         self.register_buffer("input_scale", 0.5 / std, persistent=False)  # (x / 2 + 1 / 2 - mean) / std
         self.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
@@ -366,6 +372,7 @@ class ViT(nn.Module):
                 first = torch.cat([first, self.register_tokens], 1)
             extra = first.shape[1]
             x = torch.cat([first.expand(len(x), -1, -1), x], 1)  # [B, extra + N, D]
+        x = self.pre_norm(x)
 
         states = {0: x}
         for i, block in enumerate(self.blocks[:self.depth if -1 in layers else max(layers)], 1):
@@ -1824,11 +1831,13 @@ class GAN(nn.Module):
 # --------------------------------------
 # Official weight files
 
-VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DINOv2's own, which are the ViT's
+VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, ViT-MAE, CLIP) and timm's names -> DINOv2's own, which are the ViT's
     r"^(.*\.)?vision_model\.|^(module|backbone|vit|dinov2(_with_registers)?|model)\.": "",
     r"^embeddings\.patch_embedding(s\.projection)?\.": "patch_embed.proj.",
     r"^embeddings\.position_embeddings?(\.weight)?$": "pos_embed",
     r"^embeddings\.(cls_token|register_tokens|mask_token)$": r"\1",
+    r"^embeddings\.class_embedding$": "cls_token",
+    r"^pre_layrnorm\.": "pre_norm.",
     r"^reg_token$": "register_tokens",
     r"^encoder\.layers?\.": "blocks.",
     r"\.(layer_norm|layernorm_)(1|before)\.": ".norm1.",
@@ -1840,7 +1849,7 @@ VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DIN
     r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
     r"^(post_)?layernorm\.": "norm."}
 VIT_UNUSED = (r"mask_token|(head|decoder|text_model|attn_pool|fc_norm|pooler|last_layer|classifier)\b|logit_|"
-              r"embeddings\.position_ids")
+              r"(visual|text)_projection|embeddings\.position_ids")
 
 VFMVAE_KEYS = {  # the released VFM-VAE's names -> ours
     r"^ldm_adapter\.patch_quants\.(\d+)\.0\.blocks\.0\.": r"adapter.levels.\1.",
@@ -1897,6 +1906,9 @@ def to_vit_keys(state):
         parts = [new.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
         new[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     new["pos_embed"] = new["pos_embed"].flatten(0, -2)[None]  # SigLIP's is [N, D]
+    if "pre_norm.weight" in new:  # CLIP's
+        new["cls_token"] = new["cls_token"].view(1, 1, -1)
+        new["patch_embed.proj.bias"] = torch.zeros(len(new["patch_embed.proj.weight"]))
     return new
 
 
@@ -1917,12 +1929,15 @@ def vit_config(state):
     activation = "gelu" if cls else "gelu_tanh"
     if len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden:
         activation = "swiglu"
-    return dict(
+    config = dict(
         image_size=math.isqrt(n - class_position) * patch, patch_size=patch, embed_dim=width, mlp_hidden=hidden,
         depth=count_parts(state, "blocks."), num_heads=16 if width == 1152 else max(1, width // 64),
         activation=activation, class_token=cls, class_position=class_position, registers=registers, layer_scale=dinov2,
         normalize="imagenet" if cls else "half", interpolation="bicubic" if dinov2 else "bilinear",
         antialias=registers > 0)
+    if "pre_norm.weight" in state:
+        config.update(pre_norm=True, activation="gelu_quick", normalize="clip", interpolation="bicubic")
+    return config
 
 
 def from_vfmvae(state):
@@ -1963,9 +1978,14 @@ def from_vfmvae(state):
 
 
 def from_ldm(state):
-    """LDM's autoencoder's (LDM, SD-VAE, VA-VAE) -> (arch, state dict in our names)."""
+    """LDM's autoencoder's (LDM, SD-VAE, VA-VAE, FLUX's) -> (arch, state dict in our names)."""
     new = rename(state, LDM_KEYS, LDM_UNUSED)
     ch = len(new["adapter.conv_in.weight"])
+    if "decoder.post_quant_conv.weight" not in new:  # FLUX's has no quant convolutions
+        width = new["decoder.conv_in.weight"].shape[1]
+        for name, n in ("adapter.quant_conv", 2 * width), ("decoder.post_quant_conv", width):
+            new[f"{name}.weight"] = torch.eye(n)[:, :, None, None]
+            new[f"{name}.bias"] = torch.zeros(n)
     z_channels, z_dim = new["decoder.post_quant_conv.weight"].shape[:2]
     levels = range(count_parts(new, "adapter.down."))
     half = dict(
@@ -1979,7 +1999,7 @@ def from_ldm(state):
 
 
 def load_tokenizer(path, **overrides):
-    """A frozen Tokenizer with averaged weights: ours, an official VFM-VAE's, or one in LDM's format (VA-VAE, SD-VAE).
+    """A frozen Tokenizer with averaged weights: ours, an official VFM-VAE's, or LDM's format (VA-VAE, SD-VAE, FLUX's).
     What shapes do not show is as published, or overridden: num_heads (the VFM's), layers, scale_factor, resolution.
     `about`: what else our checkpoints say."""
     entries = load_weights(path)
@@ -1993,7 +2013,7 @@ def load_tokenizer(path, **overrides):
             state = {**entries["model"], **entries["ema"]}
         elif any(key.startswith("ldm_adapter.") for key in state):
             arch, state = from_vfmvae(state)
-        elif "post_quant_conv.weight" in state:
+        elif "decoder.conv_in.weight" in state:
             arch, state = from_ldm(state)
         else:
             raise UserError(f"{path} is no tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's")
@@ -2297,14 +2317,15 @@ def load_text(name_or_path, **overrides):
 
 
 # --------------------------------------
-# Data: folders, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
+# Data: folders, shards, torchvision's data sets, drawn shapes. An item is (uint8 [3, size, size], label)
 
-def load_rgb(path):
-    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied."""
+def load_rgb(path, file=None):
+    """Pillow's, in RGB: the first frame, transparency on white, 16 bits scaled to 8, EXIF rotation applied. `file`: its
+    bytes in a shard."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of odd files and large ones
-            image = ImageOps.exif_transpose(Image.open(path))
+            image = ImageOps.exif_transpose(Image.open(file or path))
             if image.mode[0] in "IF":
                 values = np.asarray(image).astype(np.float64)
                 values = values / (257 if values.max() > 255 else 1)
@@ -2338,17 +2359,98 @@ def list_images(folder):
     return paths
 
 
+def expand_ranges(pattern):
+    """a{08..10}.tar -> a08.tar, a09.tar, a10.tar, one by one."""
+    head, *found = re.split(r"\{(\d+)\.\.(\d+)\}", pattern, maxsplit=1)
+    if not found:
+        yield pattern
+        return
+    first, last, tail = found
+    for i in range(int(first), int(last) + 1):
+        yield from expand_ranges(f"{head}{i:0{len(first)}}{tail}")
+
+
+def index_shards(paths, captions, cache):
+    """WebDataset's tars, as img2dataset writes them -> their paths; a row a sample: name (SHARD/NAME.jpg) and place
+    [shard, image's start, size, caption's start, size], -1 for what it lacks. captions: their suffix. Tars are gone
+    through once: `cache` keeps the rows."""
+    try:
+        files = [(os.fspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+    except OSError as error:
+        raise UserError(f"no shard {error.filename}")
+    index = Path(cache) / f"shards-{fingerprint(files, captions)[:8]}.npy"
+    with alone(index):  # the first process
+        if not index.exists():
+            rows = []
+            for shard, (path, *_) in enumerate(tqdm(files, "reading shards", leave=False)):
+                samples = {}
+                try:
+                    with tarfile.open(path, "r:") as archive:
+                        for member in archive:
+                            if member.size < 0:  # would lead back, for ever
+                                raise tarfile.ReadError("a negative size")
+                            stem, _, suffix = os.path.basename(member.name).partition(".")
+                            if not member.isfile() or not stem:  # hidden
+                                continue
+                            key = os.path.dirname(member.name), stem
+                            row = samples.setdefault(key, [b"", [shard, -1, -1, -1, -1]])
+                            suffix = f".{suffix.lower()}"
+                            if suffix in torchvision.datasets.folder.IMG_EXTENSIONS:
+                                row[0] = os.fsencode(f"{path}/{member.name}")
+                                row[1][1:3] = member.offset_data, member.size
+                            elif suffix == captions:
+                                row[1][3:] = member.offset_data, member.size
+                except Exception as error:  # of damaged files
+                    raise UserError(f"{path} is no whole, uncompressed tar: {error}".replace("\n", " "))
+                rows += map(tuple, samples.values())
+            width = max([1, *(len(name) for name, _ in rows)])
+            with replacing(index) as temp, open(temp, "wb") as file:
+                np.save(file, np.array(rows, [("name", f"S{width}"), ("place", np.int64, 5)]))
+    return [path for path, *_ in files], np.load(index, mmap_mode="r")
+
+
+@functools.lru_cache(256)
+def open_shard(path):  # a file that is dropped closes itself
+    return open(path, "rb", 0)
+
+
+def read_captions(folder):
+    """{relative name: caption} of a folder's captions.json ({name: caption}, or a list of {file_name, caption}) or
+    captions.tsv (name TAB caption), {} without."""
+    table = Path(folder, "captions.json")
+    lines = Path(folder, "captions.tsv")
+    if table.exists():
+        with reading(table):
+            found = json.loads(table.read_bytes())
+            if isinstance(found, list):
+                found = {row["file_name"]: row["caption"] for row in found}
+            return dict(found)
+    if lines.exists():
+        with reading(lines):
+            return dict(line.split("\t", 1) for line in lines.read_text("utf-8").split("\n") if line)
+    return {}
+
+
 class Images(Dataset):
     """Images at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and `val`),
-    "shapes", or a torchvision data set under `data_dir`. Items are asked for as index, or as (index, key): then
-    augmented (`crop`: a random square of 0.5 to 1 of the short side; `flip`), alike for the same key. A file that is no
-    image: UserError; with `bad_list` the next index's image and label stand in, and that file lists the path."""
+    FOLDER/{00000..00099}.tar (class 0; held-out ones: FOLDER/val/*.tar), "shapes", or a torchvision data set under
+    `data_dir`. Items are asked for as index, or as (index, key): then augmented (`crop`: a random square of 0.5 to 1 of
+    the short side; `flip`), alike for the same key. A file that is no image: UserError; with `bad_list` the next
+    index's image and label stand in, and that file lists the path."""
     bad_list = None
+    captioned = False  # an image without a caption is a bad one
+    captions = None  # a folder's table
+    places = None  # in shards: see index_shards
+    paths = ()  # of files
 
-    def __init__(self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out"):
+    def __init__(
+            self, data, split, size, data_dir="data", download=False, crop=False, flip=False, cache="out",
+            caption_key=""):
         self.size = size
         self.crop = crop
         self.flip = flip
+        self.caption_key = caption_key
+        self.caption_suffix = ".json" if caption_key else ".txt"
         self.note = ""
         if data == "shapes":
             self.source = Shapes(split, size, cache=cache)
@@ -2357,14 +2459,35 @@ class Images(Dataset):
         elif data in torchvision.datasets.__all__:
             self.open_torchvision(data, split, data_dir, download)
         else:
-            self.open_folder(Path(data), split)
+            root = Path(data)
+            shards = ".tar" in root.name and not root.is_dir()
+            if shards:
+                root = root.parent
+            if split == "val" and not (root / "val").is_dir():
+                self.note = f"{root} has no folder val: these are the training images"
+                split = "train"
+            if not shards:
+                self.open_folder(root / split if (root / split).is_dir() else root)
+            else:
+                paths = expand_ranges(str(data)) if split != "val" else sorted(root.glob("val/*.tar"))
+                self.open_shards(paths, cache)
 
-    def open_folder(self, root, split):
-        if split == "val" and not (root / "val").is_dir():
-            self.note = f"{root} has no folder val: these are the training images"
-            split = "train"
-        if (root / split).is_dir():
-            root = root / split
+    def open_shards(self, paths, cache):
+        self.paths, rows = index_shards(paths, self.caption_suffix, cache)
+        complete = (rows["place"] >= 0).all(1)
+        if not complete.any():
+            raise UserError(f"no images with a {self.caption_suffix} in {', '.join(self.paths[:3])}")
+        if not complete.all():
+            note = f"{(~complete).sum()} incomplete samples are left out"
+            self.note = f"{self.note}; {note}" if self.note else note
+            rows = rows[complete]
+        self.source = rows["name"]
+        self.places = rows["place"]
+        self.root = os.fsencode(os.path.commonprefix(self.paths))
+        self.labels = np.zeros(len(rows), int)
+        self.classes = ["image"]
+
+    def open_folder(self, root):
         paths = list_images(root)
         if len({path.parent == root for path in paths}) == 2:
             raise UserError(f"{root} has images both in class folders and beside them")
@@ -2376,7 +2499,8 @@ class Images(Dataset):
         self.root = os.fsencode(root / "_")[:-1]
         classes, self.labels = np.unique(folders, return_inverse=True)
         self.classes = classes.tolist()
-        self.source = np.array([os.fsencode(path) for path in paths])  # workers would copy a list
+        self.source = self.paths = np.array([os.fsencode(path) for path in paths])  # workers would copy a list
+        self.captions = read_captions(root)
 
     def open_torchvision(self, data, split, folder, download):
         Source = getattr(torchvision.datasets, data)
@@ -2399,14 +2523,33 @@ class Images(Dataset):
         return len(self.source)
 
     def caption(self, index):
-        if not hasattr(self.source, "caption"):
-            raise UserError("these data have no captions")
-        return self.source.caption(index)
+        """The toy's, the table's, or of NAME.txt or NAME.json beside the image. UserError where there is none."""
+        if isinstance(self.source, Shapes):
+            return self.source.caption(index)
+        name = os.fsdecode(self.source[index])
+        try:
+            if self.captions:
+                return self.captions[os.path.relpath(name, os.fsdecode(self.root))].strip()
+            if self.places is None:
+                text = Path(name).with_suffix(self.caption_suffix).read_bytes()
+            else:
+                text = self.read_shard(index, 3)
+            if self.caption_key:
+                text = json.loads(text)[self.caption_key].encode()
+            return text.decode().strip()
+        except Exception as error:  # of damaged files
+            raise UserError(f"no caption of {name}: {type(error).__name__}: {error}".replace("\n", " "))
+
+    def require_captions(self):
+        """From here on an image without one cannot be read."""
+        if not isinstance(self.source, (np.ndarray, Shapes)):
+            raise UserError("--text: these data have no captions")
+        self.captioned = isinstance(self.source, np.ndarray)
 
     def in_text_training(self):
         """[n] bools: which images text training sees."""
         if isinstance(self.source, Shapes):
-            a = self.source.attributes(np.arange(len(self)))
+            a = self.source.every_attribute
             return ~Shapes.left_out(a["shape"], a["hue"])
         return np.ones(len(self), bool)
 
@@ -2415,18 +2558,27 @@ class Images(Dataset):
         names = self.source.tolist() if isinstance(self.source, np.ndarray) else []
         return names, self.classes, self.labels.tolist()
 
+    def read_shard(self, index, part):
+        """A sample's image (part 1) or caption (3)."""
+        place = self.places[index].tolist()
+        start, size = place[part:part + 2]
+        return os.pread(open_shard(self.paths[place[0]]).fileno(), size, start)
+
     def read(self, index):
         """-> (image, index), of the first readable one from there."""
         while True:
-            image = self.source[index]
-            if not isinstance(image, bytes):
-                return image[0], index
+            item = self.source[index]
+            if not isinstance(item, bytes):
+                return item[0], index
             try:
-                return load_rgb(os.fsdecode(image)), index
+                if self.captioned:
+                    self.caption(index)
+                file = None if self.places is None else io.BytesIO(self.read_shard(index, 1))
+                return load_rgb(os.fsdecode(item), file), index
             except UserError:
                 if not self.bad_list:
                     raise
-            self.note_bad(image)
+            self.note_bad(item)
             index = (index + 1) % len(self)
 
     def note_bad(self, path):
@@ -2464,7 +2616,8 @@ class Images(Dataset):
 
 def open_data(cfg, split, size, crop=False, flip=False):
     """A Config's Images."""
-    data = Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache)
+    key = getattr(cfg, "caption_key", "")
+    data = Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache, key)
     if cfg.skip_bad:
         data.bad_list = Path(cfg.out) / "bad_images.txt"
     if data.note and os.environ.get("RANK", "0") == "0":
@@ -2571,8 +2724,12 @@ class Shapes(Dataset):
             ground=choose(3, self.hues), x=x, y=y, scale=scale, angle=angle, mirror=np.where(u[:, 8] < 0.5, -1.0, 1.0),
             place=place, size=quarter(scale, 0.55, 0.8), turn=quarter(angle, -0.4, 0.4), free=u[:, 9:])
 
+    @functools.cached_property
+    def every_attribute(self):
+        return self.attributes(np.arange(len(self)))
+
     def caption(self, index):
-        a = {k: v[0] for k, v in self.attributes([index]).items()}
+        a = {k: v[index] for k, v in self.every_attribute.items()}
         size = "large" if a["scale"] > 0.675 else "small"
         place = ("upper" if a["y"] < 0 else "lower") + (" left" if a["x"] < 0 else " right")
         return (f"a {size} {self.hues[a['hue']]} {self.classes[a['shape']]} at the {place} "
