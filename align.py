@@ -395,7 +395,7 @@ class JointTrainer(Trainer):
         dropped = torch.rand(len(z), device=z.device) < cfg.class_dropout
         y = torch.where(dropped, dit.num_classes, labels.to(z.device))
         cls_noise = torch.randn_like(tokens[:, 0]) if dit.cls_dim else None
-        t = draw_times(len(z), 0, cfg, z.device)
+        t = draw_times(len(z), 0, cfg, dit)
         with self.world.autocast():
             losses = flow_losses(dit, self.statistics(leaf), y, t, torch.randn_like(z), tokens, cls_noise)
         losses = {name: value.mean() for name, value in losses.items()}

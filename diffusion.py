@@ -84,6 +84,7 @@ class Config:
     qk_norm: bool = False  # of queries and keys: for long runs
     # objective
     times: Literal["lognormal", "uniform"] = "lognormal"  # logit-normal(0, 1)
+    train_shift: int = 0  # times by s = sqrt(train_shift / a latent's numbers) < 1 (RAE: 4096; 0: none): shift_times
     uniform_from: int = 0  # uniform from this step (0: never); LightningDiT: 600000 of 700,000
     cosine_weight: float = 1.0  # of 1 - cosine(v, target)
     class_dropout: Share = 0.1  # share of labels made null
@@ -435,11 +436,23 @@ def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
     return losses
 
 
-def draw_times(n, step, cfg, device):
-    """[n], logit-normal(0, 1), as Stable Diffusion 3's, or uniform."""
+def shift_times(t, shift, base=0, model=None):
+    """t -> s t / (1 + (s - 1) t), s = `shift` (0: t itself). With a base: s = sqrt(base / numbers in the model's
+    latents) where that is below 1, else no shift (RAE, arXiv 2510.11690, section 4: wide latents need more noise)."""
+    if base:
+        shift = math.sqrt(base / (model.in_channels * model.input_size ** 2))
+        shift = shift if shift < 1 else 0
+    return shift * t / (1 + (shift - 1) * t) if shift > 0 else t
+
+
+def draw_times(n, step, cfg, model):
+    """[n], logit-normal(0, 1), as Stable Diffusion 3's, or uniform; maybe shifted."""
+    device = model.pos_embed.device
     if cfg.times == "uniform" or 0 < cfg.uniform_from <= step:
-        return torch.rand(n, device=device)
-    return torch.randn(n, device=device).sigmoid()
+        t = torch.rand(n, device=device)
+    else:
+        t = torch.randn(n, device=device).sigmoid()
+    return shift_times(t, 0, cfg.train_shift, model)
 
 
 def guided(
@@ -476,16 +489,15 @@ def guided(
     return [v, *v_cls]
 
 
-def ode(model, noise, y, num_steps=250, timestep_shift=0.0, cls_noise=None, solver="euler", **guidance):
+def ode(
+        model, noise, y, num_steps=250, timestep_shift=0.0, cls_noise=None, solver="euler", train_shift=0, **guidance):
     """Latents [B, C, S, S] of classes y [B] from noise along dx/dt = v(x, t, y), t at linspace(0, 1, num_steps), mapped
-    t -> s t / (1 + (s - 1) t) if s = timestep_shift > 0; REG's class token from cls_noise [B, D]. solver: "euler",
-    "heun" (two evaluations a step), "ab2" (Adams-Bashforth). guidance: of `guided`."""
+    by shift_times(t, timestep_shift, train_shift); REG's class token from cls_noise [B, D]. solver: "euler", "heun"
+    (two evaluations a step), "ab2" (Adams-Bashforth). guidance: of `guided`."""
     if num_steps < 2 or solver not in ("euler", "heun", "ab2"):
         raise UserError(f"{solver=}, {num_steps=}: there are euler, heun and ab2, from 2 times")
     times = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    if timestep_shift > 0:
-        times = timestep_shift * times / (1 + (timestep_shift - 1) * times)
-    times = times.tolist()
+    times = shift_times(times, timestep_shift, train_shift, model).tolist()
     state = [s for s in (noise, cls_noise) if s is not None]
     before = None  # the last step's
     h_before = None
@@ -554,6 +566,7 @@ class Sampling:
     cfg_interval: tuple[float, ...] = (0.0, 1.0)
     cfg_channels: int = 0
     timestep_shift: float = 0.0
+    train_shift: int = 0
     cls_cfg_scale: float = 0.0
 
 
@@ -575,6 +588,7 @@ def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, ro
             z = sde(model, x, labels, cfg.num_steps, cls, noise, **shared)  # [B, C, S, S]
         else:
             shared["cfg_channels"] = cfg.cfg_channels
+            shared["train_shift"] = cfg.train_shift
             z = ode(model, x, labels, cfg.num_steps, cfg.timestep_shift, cls, cfg.solver, **shared)
     z = z * std.to(device).view(-1, 1, 1) + mean.to(device).view(-1, 1, 1)
     return tokenizer.decode(z[:max(16, len(y))]).float()[:len(y)]
@@ -737,7 +751,7 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
         dropped = torch.rand(len(x), device=world.device) < cfg.class_dropout
         labels = torch.where(dropped.view(-1, *[1] * (labels.ndim - 1)), model.null(len(x)).to(labels.dtype), labels)
         cls_noise = torch.randn_like(tokens[:, 0]) if model.cls_dim else None
-        t = draw_times(len(x), step, cfg, world.device)
+        t = draw_times(len(x), step, cfg, model)
         if cfg.fsdp:
             parallel.set_requires_gradient_sync(k == cfg.accumulate)
         elif parallel is not model:
@@ -884,7 +898,7 @@ def train(cfg, world):
         if text:
             names = [held.caption(i) for i in some[:len(y)]]
             y = caption_states(text, text.ids(names).to(world.device))
-        sampling = Sampling(seed=cfg.seed, solver="ab2", num_steps=20, cfg_scale=3.0)
+        sampling = Sampling(seed=cfg.seed, solver="ab2", num_steps=20, cfg_scale=3.0, train_shift=cfg.train_shift)
         pictures = generate(ema, tok, latents.mean, latents.std, range(len(y)), y, sampling, world)
         if world.rank == 0:
             save_grid(pictures, out / f"grids/{stem}-{step:07d}.png", columns, names)

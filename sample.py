@@ -48,6 +48,7 @@ class Config:
     cfg_interval: tuple[float, ...] = (0.125, 1.0)  # of its times (0: noise, 1: data)
     cfg_channels: int = 3  # on so many latent channels (0: all); not sde
     timestep_shift: float = 0.3  # s of t -> s t / (1 + (s - 1) t) (0: none); not sde
+    train_shift: int = 0  # or by diffusion.py's --train_shift, in its place: as the model was trained
     cls_cfg_scale: float = 0.0  # guidance of REG's class token (0: none)
     guide: str = ""  # a weaker model: autoguidance
     # machine and output

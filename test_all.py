@@ -2447,11 +2447,37 @@ def test_time_distributions():
     """Logit-normal(0, 1) times until `uniform_from`, uniform ones from it and with times=uniform."""
     torch.manual_seed(0)
     cfg = diffusion.Config(uniform_from=10)
-    logit = torch.logit(diffusion.draw_times(50_000, 9, cfg, "cpu"))
+    model = small_dit()
+    logit = torch.logit(diffusion.draw_times(50_000, 9, cfg, model))
     assert abs(logit.mean()) < 0.02 and abs(logit.std() - 1) < 0.02
     for step, config in (10, cfg), (0, diffusion.Config(times="uniform")):
-        t = diffusion.draw_times(50_000, step, config, "cpu")
+        t = diffusion.draw_times(50_000, step, config, model)
         assert abs(t.mean() - 0.5) < 0.005 and abs(t.std() - 12 ** -0.5) < 0.005
+
+
+@torch.no_grad()
+def test_times_shifted_by_dimension():
+    """RAE's shift, in training and sampling: of 1 - t by alpha = sqrt(numbers / base), in its time; latents of no more
+    numbers than the base keep their times, bit for bit, with or without the flag."""
+    model = small_dit()  # 8 x 4 x 4 = 128 numbers
+    drawn = []
+    for base in 0, 128, 1000, 32:
+        torch.manual_seed(0)
+        drawn.append(diffusion.draw_times(1000, 0, diffusion.Config(train_shift=base), model))
+    torch.manual_seed(0)
+    plain = torch.randn(1000).sigmoid()
+    for t in drawn[:3]:
+        assert torch.equal(t, plain)
+    noisy = 1 - plain  # alpha = 2
+    torch.testing.assert_close(1 - drawn[3], 2 * noisy / (1 + (2 - 1) * noisy))
+    x = torch.randn(2, 8, 4, 4)
+    y = torch.tensor([3, 1])
+    z = diffusion.ode(model, x, y, 6, train_shift=32)
+    assert torch.equal(z, diffusion.ode(model, x, y, 6, timestep_shift=0.5))
+    assert torch.equal(diffusion.ode(model, x, y, 6, train_shift=128), diffusion.ode(model, x, y, 6))
+    published = mock.Mock(in_channels=768, input_size=16)  # alpha = 6.93
+    t = diffusion.shift_times(torch.tensor(0.5), 0, 4096, published)
+    torch.testing.assert_close(t, torch.tensor(1 / (1 + 6.9282)))
 
 
 def test_losses_reach_what_they_should():
