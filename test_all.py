@@ -1270,6 +1270,32 @@ def test_generator_step_has_the_gradients_of_the_objective():
 
 
 @with_tiny_vfm
+def test_decoder_noise():
+    """Of the latent that the decoder sees, and no other: each image's deviation is its own, uniform up to the column's;
+    gradients are still the objective's. Without it no random number is drawn."""
+    x = image(8, 3, 32, 32) * 2 - 1
+    labels = torch.zeros(8, dtype=torch.long)
+    row = dataclasses.replace(tokenizer.STAGES["toy"]["vavae"][0], kl=1.0)
+    trainer = tiny_trainer("vavae", recipe="toy")
+    trainer.tokenizer.decoder.forward = lambda z, scales: z
+    z = torch.randn(2000, 4, 8, 8)
+    trainer.start_stage(row)
+    state = torch.get_rng_state()
+    assert trainer.decode(z, 0)[0] is z and torch.equal(torch.get_rng_state(), state)
+    trainer.start_stage(dataclasses.replace(row, noise=0.8))
+    sigma = (trainer.decode(z, 0)[0] - z).std((1, 2, 3))
+    assert abs(sigma.mean() - 0.4) < 0.02 and abs(sigma.std() - 0.8 / 12 ** 0.5) < 0.02 and sigma.max() < 0.9
+    del trainer.tokenizer.decoder.forward
+    results = []
+    for step in (lambda: trainer.generator_step(x, labels, 0, 0), lambda: trainer.objective(x).backward()):
+        torch.manual_seed(5)
+        step()
+        grads = take_gradients(trainer.parameters)
+        results.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
+    assert (results[0] - results[1]).norm() < 2e-5 * results[1].norm()
+
+
+@with_tiny_vfm
 def test_losses_add_up_as_the_recipe_says():
     """Every row's sums, written out: each loss with its weight and scale. Gradients alone would not show a loss left
     out."""

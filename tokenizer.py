@@ -147,6 +147,7 @@ class Stage:
     betas: tuple = (0.0, 0.99)
     summed: bool = False  # l1, lpips, preserve: sums over C, H, W (LDM), not means
     sample: bool = True  # of the posterior, not its mean
+    noise: float = 0.0  # the decoder's latents get sigma n, sigma of each image from U(0, noise) (RAE, HAE)
     l1: float = 1.0
     lpips: float = 0.0
     ssim: float = 0.0
@@ -1079,7 +1080,11 @@ class Trainer:
         return mean, logvar, features
 
     def decode(self, z, images_seen):
-        """-> images, coarse to fine while the multi-resolution loss is on, else the finest."""
+        """-> images, coarse to fine while the multi-resolution loss is on, else the finest; of noised latents, if the
+        stage says so (RAE, arXiv 2510.11690, section 4: diffusion's latents are not quite the encoder's)."""
+        if self.stage.noise:
+            sigma = self.stage.noise * torch.rand(len(z), 1, 1, 1, device=z.device)
+            z = z + sigma * torch.randn_like(z)
         scales = images_seen < self.multires_end
         with self.world.autocast():
             outputs = self.tokenizer.decoder(z, scales=scales)
