@@ -720,6 +720,41 @@ def test_vit_registers():
     assert_same_levels(with_registers, vit_features(timm, antialias=False), rtol=1e-5, atol=1e-6)
 
 
+def write_vit(folder, state, name="model.safetensors"):
+    write_safetensors(f"{folder}/{name}", {key: value.contiguous() for key, value in state.items()})
+    return f"{folder}/{name}"
+
+
+@torch.no_grad()
+def test_dinov3_golden():
+    """All tokens of DINOv3, class token and registers too, after the first block and the last norm, at three sizes;
+    published names lack "model."."""
+    g = golden("dinov3")
+    state = fill(g)
+    published = renamed(state, (r"^model\.", ""))
+    with tempfile.TemporaryDirectory() as folder:
+        vit = tokenizer.load_vfm(write_vit(folder, state), num_heads=2)
+        again = tokenizer.load_vfm(write_vit(folder, published, "published.safetensors"), num_heads=2)
+        lacking = {key: value for key, value in state.items() if "0.attention.q_proj.bias" not in key}
+        fails(lambda: tokenizer.load_vfm(write_vit(folder, lacking, "lacking.safetensors"), num_heads=2), "lacking")
+    assert (vit.patch_size, vit.embed_dim, vit.depth, vit.register_tokens.shape[1]) == (16, 64, 3, 4)
+    seen = {}
+    vit.blocks[0].register_forward_hook(lambda block, inputs, output: seen.update(block1=output))
+    vit.norm.register_forward_hook(lambda norm, inputs, output: seen.update(last=output))
+    for name, expect in g["expect"].items():
+        normalised = (image(2, 3, *expect["size"], name) - 0.5) / 0.25
+        x = (normalised - vit.input_shift) / vit.input_scale
+        levels = vit(x, layers=(1, -1), cls=True)
+        check(seen["block1"], expect["block1"])
+        check(seen["last"], expect["last"])
+        assert torch.equal(levels[1], torch.cat([seen["last"][:, :1], seen["last"][:, 5:]], 1))
+        assert_same_levels(again(x, layers=(1, -1), cls=True), levels)
+        with torch.autocast("cpu", torch.bfloat16):
+            low, = vit(x)
+        assert (low - levels[1][:, 1:]).norm() < 0.03 * low.norm()
+    assert tokenizer.vit_from(vit.config).load_state_dict(vit.state_dict())
+
+
 def test_vit_swiglu():
     """DINOv2-g's MLP under both its names: silu(first half) * second."""
     state = fill(golden("dinov2_tiny"))
@@ -743,7 +778,7 @@ def millions(*modules):
 def test_vfm_table():
     """The published models' sizes; parameter counts from their papers and model cards."""
     published = dict(dinov2_vits14=22.06, dinov2_vitb14=86.58, dinov2_vitl14=304.37, dinov2_vitg14=1136.48,
-                     mae_vitl16=303.3, dino_vits16=21.67)
+                     mae_vitl16=303.3, dino_vits16=21.67, dinov3_vits16=21.6, dinov3_vitb16=85.7, dinov3_vitl16=303.1)
     with torch.device("meta"):
         for name, count in published.items():
             found = millions(tokenizer.ViT(**tokenizer.VFMS[name][1]))
@@ -1885,7 +1920,8 @@ def test_spoiled_checkpoints():
                 (fill(golden("vfmvae_tiny")), functools.partial(load_vfmvae, g=golden("vfmvae_tiny"))),
                 (fill(golden("vavae_tiny")), tokenizer.load_tokenizer), (fill(golden("lightningdit_tiny")), official),
                 (fill(golden("reg_sit_tiny")), official),
-                (fill(golden("dinov2_tiny")), functools.partial(tokenizer.load_vfm, num_heads=4))):
+                (fill(golden("dinov2_tiny")), functools.partial(tokenizer.load_vfm, num_heads=4)),
+                (fill(golden("dinov3")), functools.partial(tokenizer.load_vfm, num_heads=2))):
             torch.save(dict(entries), path)
             load(path)
             failed = 0

@@ -236,6 +236,12 @@ STAGES = dict(paper=PAPER, toy=TOY, study=STUDY)
 # --------------------------------------
 # The vision foundation model
 
+def rotate_halves(x, cos, sin):
+    """Rotary embedding of x [..., N, d]: its first half of channels turns against the second."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 class ViTAttention(nn.Module):
     def __init__(self, dim, num_heads, causal=False):
         super().__init__()
@@ -244,9 +250,12 @@ class ViTAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):  # [B, N, D]
+    def forward(self, x, rope=None):  # [B, N, D]; DINOv3: (cosines, sines), each [N, d / 2]
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
+        if rope is not None:
+            q = rotate_halves(q, *rope).to(v.dtype)
+            k = rotate_halves(k, *rope).to(v.dtype)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, heads, N, d]
         return self.proj(x.transpose(1, 2).flatten(2))  # [B, N, D]
 
@@ -289,8 +298,8 @@ class ViTBlock(nn.Module):
         self.mlp = MLP(dim, hidden, activation)
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
-    def forward(self, x):  # [B, N, D]
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x, rope=None):  # [B, N, D]
+        x = x + self.ls1(self.attn(self.norm1(x), rope))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -300,16 +309,17 @@ NORMALIZATION = dict(  # mean and std of [0, 1]
 
 
 class ViT(nn.Module):
-    """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE.
+    """The vision transformer of DINO, DINOv2 (with or without registers), DINOv3, SigLIP2, MAE.
 
     vit(images [B, 3, H, W] in [-1, 1], layers=(0, 12, -1), cls=False) -> one [B, N, D] per layer: 0 the embedding, i
     block i's output, -1 the normalised last; patch tokens row-major, without registers (cls=True: behind the class
-    token). H, W: multiples of the patch size; positions are resized bicubically."""
+    token). H, W: multiples of the patch size; positions are resized bicubically. `rope`: DINOv3's base of
+    rotary angles, in place of a position table."""
 
     def __init__(
             self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_hidden=3072,
             activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False,
-            normalize="imagenet", interpolation="bilinear", antialias=False):
+            normalize="imagenet", interpolation="bilinear", antialias=False, rope=0.0, eps=1e-6):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.image_size = image_size
@@ -318,15 +328,16 @@ class ViT(nn.Module):
         self.depth = depth
         self.interpolation = interpolation
         self.antialias = antialias
-        self.class_position = class_token and class_position
+        self.rope = rope
+        self.class_position = class_token and class_position and not rope
         positions = (image_size // patch_size) ** 2 + self.class_position
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, embed_dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02) if class_token else None
         self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 0.02) if registers else None
-        self.pos_embed = nn.Parameter(torch.randn(1, positions, embed_dim) * 0.02)
-        block = embed_dim, num_heads, mlp_hidden, activation, layer_scale
+        self.pos_embed = nn.Parameter(torch.randn(1, positions, embed_dim) * 0.02) if not rope else None
+        block = embed_dim, num_heads, mlp_hidden, activation, layer_scale, eps
         self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, 1e-6)
+        self.norm = nn.LayerNorm(embed_dim, eps)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION[normalize])
         self.register_buffer("input_scale", 0.5 / std, persistent=False)  # (x / 2 + 1 / 2 - mean) / std
         self.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
@@ -353,11 +364,24 @@ class ViT(nn.Module):
         grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=self.antialias)
         return torch.cat([self.pos_embed[:, :-n], grid.flatten(2).mT], 1)
 
+    def rotary(self, h, w, extra):
+        """DINOv3's cosines, sines [extra + h w, d / 2] (arXiv 2508.10104, section 3.2): patch centres in [-1, 1], by
+        row in the first half of the angles, by column in the second; tokens before the patches do not turn."""
+        d = self.embed_dim // self.blocks[0].attn.num_heads
+        rates = 2 * math.pi / self.rope ** (torch.arange(d // 4, device=self.norm.weight.device) * 4 / d)
+        y, x = (((2 * torch.arange(n, device=rates.device) + 1) / n - 1)[:, None] * rates for n in (h, w))
+        angles = torch.cat([y[:, None].expand(h, w, -1), x.expand(h, w, -1)], -1).flatten(0, 1)  # [h w, d / 2]
+        angles = F.pad(angles, (0, 0, extra, 0))
+        return angles.cos(), angles.sin()
+
     def forward(self, images, layers=(-1,), cls=False):
         x = images * self.input_scale + self.input_shift  # [B, 3, H, W]
-        positions = self.positions(x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        h = x.shape[2] // self.patch_size
+        w = x.shape[3] // self.patch_size
         x, level0 = self.embed(x)  # [B, N, D]
-        x = x + positions[:, self.class_position:]
+        if not self.rope:
+            positions = self.positions(h, w)
+            x = x + positions[:, self.class_position:]
         extra = 0  # tokens before the patches
         if self.cls_token is not None:
             first = self.cls_token + positions[:, :1] if self.class_position else self.cls_token
@@ -366,9 +390,10 @@ class ViT(nn.Module):
             extra = first.shape[1]
             x = torch.cat([first.expand(len(x), -1, -1), x], 1)  # [B, extra + N, D]
 
+        rope = self.rotary(h, w, extra) if self.rope else None
         states = {0: x}
         for i, block in enumerate(self.blocks[:self.depth if -1 in layers else max(layers)], 1):
-            x = block(x)
+            x = block(x, rope)
             states[i] = x
         if -1 in layers:
             states[-1] = self.norm(x)
@@ -403,6 +428,9 @@ def vfm_table():
         vit = dict(vit, image_size=518, patch_size=14, layer_scale=True, interpolation="bicubic")
         table[name] = f"{url}_pretrain.pth", vit
         table[f"{name}_reg"] = f"{url}_reg4_pretrain.pth", dict(vit, registers=4, antialias=True)
+    for letter, vit in dict(s=small, b=base, l=large).items():  # gated: fetched by hand, given as a file
+        url = HUB.format(f"facebook/dinov3-vit{letter}16-pretrain-lvd1689m")
+        table[f"dinov3_vit{letter}16"] = url, dict(vit, registers=4, layer_scale=True, rope=100.0, eps=1e-5)
     for word, vit, patch, sides in (
             ("base", base, 16, (224, 256, 384, 512)), ("large", large, 16, (256, 384, 512)),
             ("so400m", so400m, 14, (224, 384)), ("so400m", so400m, 16, (256, 384, 512))):
@@ -437,7 +465,7 @@ def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
         try:
             state = to_vit_keys(state.get("teacher", state.get("model", state)))
             config = {**vit_config(state), **config}
-        except (KeyError, AttributeError, ValueError) as error:
+        except (KeyError, AttributeError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{name} holds no known ViT: it lacks or misshapes {error}")
     vit = vit_from({**config, **overrides})
     if state is not None:
@@ -1827,19 +1855,19 @@ class GAN(nn.Module):
 # --------------------------------------
 # Official weight files
 
-VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, ViT-MAE) and timm's names -> DINOv2's own, which are the ViT's
+VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, DINOv3, ViT-MAE) and timm's names -> DINOv2's own, which are the ViT's
     r"^(.*\.)?vision_model\.|^(module|backbone|vit|dinov2(_with_registers)?|model)\.": "",
-    r"^embeddings\.patch_embedding(s\.projection)?\.": "patch_embed.proj.",
+    r"^embeddings\.patch_embedding(s\.projection|s)?\.": "patch_embed.proj.",
     r"^embeddings\.position_embeddings?(\.weight)?$": "pos_embed",
     r"^embeddings\.(cls_token|register_tokens|mask_token)$": r"\1",
     r"^reg_token$": "register_tokens",
-    r"^encoder\.layers?\.": "blocks.",
+    r"^(encoder\.)?layers?\.": "blocks.",
     r"\.(layer_norm|layernorm_)(1|before)\.": ".norm1.",
     r"\.(layer_norm|layernorm_)(2|after)\.": ".norm2.",
-    r"\.(self_attn|attention\.attention)\.(q|k|v)(_proj|uery|ey|alue)\.": r".attn.\2.",
-    r"\.(self_attn\.out_proj|attention\.output\.dense)\.": ".attn.proj.",
-    r"\.(intermediate\.dense|mlp\.w12|mlp\.weights_in)\.": ".mlp.fc1.",
-    r"(?<!attention)\.(output\.dense|mlp\.w3|mlp\.weights_out)\.": ".mlp.fc2.",
+    r"\.(self_attn|attention|attention\.attention)\.(q|k|v)(_proj|uery|ey|alue)\.": r".attn.\2.",
+    r"\.(self_attn\.out_proj|attention\.o_proj|attention\.output\.dense)\.": ".attn.proj.",
+    r"\.(intermediate\.dense|mlp\.w12|mlp\.weights_in|mlp\.up_proj)\.": ".mlp.fc1.",
+    r"(?<!attention)\.(output\.dense|mlp\.w3|mlp\.weights_out|mlp\.down_proj)\.": ".mlp.fc2.",
     r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
     r"^(post_)?layernorm\.": "norm."}
 VIT_UNUSED = (r"mask_token|(head|decoder|text_model|attn_pool|fc_norm|pooler|last_layer|classifier)\b|logit_|"
@@ -1896,10 +1924,14 @@ def rename(state, table, unused):
 def to_vit_keys(state):
     """A public ViT's state dict in the names of `ViT`, q, k, v joined."""
     new = rename(state, VIT_KEYS, VIT_UNUSED)
+    dinov3 = "pos_embed" not in new and "register_tokens" in new
     for key in [key for key in new if ".attn.q." in key]:
+        if dinov3 and key.endswith("bias"):  # keys have none
+            new[key.replace(".attn.q.", ".attn.k.")] = torch.zeros_like(new[key])
         parts = [new.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
         new[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    new["pos_embed"] = new["pos_embed"].flatten(0, -2)[None]  # SigLIP's is [N, D]
+    if not dinov3:
+        new["pos_embed"] = new["pos_embed"].flatten(0, -2)[None]  # SigLIP's is [N, D]
     return new
 
 
@@ -1910,22 +1942,24 @@ def count_parts(state, prefix):
 
 def vit_config(state):
     """The ViT arguments that a state dict shows, the rest as published."""
-    _, n, width = state["pos_embed"].shape
-    patch = state["patch_embed.proj.weight"].shape[-1]
+    width, _, _, patch = state["patch_embed.proj.weight"].shape
+    rope = "pos_embed" not in state  # DINOv3
+    n = (224 // patch) ** 2 if rope else state["pos_embed"].shape[1]
     hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
     cls = "cls_token" in state
     class_position = cls and math.isqrt(n) ** 2 != n
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    dinov2 = "blocks.0.ls1.gamma" in state
+    layer_scale = "blocks.0.ls1.gamma" in state  # DINOv2, DINOv3
     activation = "gelu" if cls else "gelu_tanh"
     if len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden:
         activation = "swiglu"
     return dict(
         image_size=math.isqrt(n - class_position) * patch, patch_size=patch, embed_dim=width, mlp_hidden=hidden,
         depth=count_parts(state, "blocks."), num_heads=16 if width == 1152 else max(1, width // 64),
-        activation=activation, class_token=cls, class_position=class_position, registers=registers, layer_scale=dinov2,
-        normalize="imagenet" if cls else "half", interpolation="bicubic" if dinov2 else "bilinear",
-        antialias=registers > 0)
+        activation=activation, class_token=cls, class_position=class_position, registers=registers,
+        layer_scale=layer_scale, normalize="imagenet" if cls else "half",
+        interpolation="bicubic" if layer_scale and not rope else "bilinear", antialias=registers > 0,
+        rope=100.0 if rope else 0.0, eps=1e-5 if rope else 1e-6)
 
 
 def from_vfmvae(state):
