@@ -35,10 +35,10 @@ from typing import Literal
 
 # before torch, for whose threads tokenizer.py sets the environment
 from tokenizer import (
-    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, init_world, lerp_unless,
-    load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
-    parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
-    time_steps, to_float, write_json)
+    MLP, Decay, IdentityAdapter, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, grid_angles,
+    init_world, lerp_unless, load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main,
+    make_loader, open_data, parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step,
+    sincos_positions, step_batches, step_unless, time_steps, to_float, write_json)
 
 import numpy as np
 import torch
@@ -262,13 +262,7 @@ class FinalLayer(nn.Module):
 def position_tables(grid, dim, head_dim):
     """Sin-cos positions [grid, grid, dim] (half by column, half by row; sines, cosines) and rotary angles
     [grid, grid, head_dim / 2] (half by row, half by column)."""
-    def angles(k):
-        angle = torch.arange(grid, device="cpu")[:, None] / 10_000 ** (torch.arange(k, device="cpu").double() / k)
-        return angle[:, None].expand(grid, grid, k), angle.expand(grid, grid, k)
-
-    y, x = angles(dim // 4)
-    positions = torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), -1)
-    return positions.float(), torch.cat(angles(head_dim // 4), -1).float()
+    return sincos_positions(grid, dim), torch.cat(grid_angles(grid, head_dim // 4), -1).float()
 
 
 class DiT(nn.Module):
@@ -556,6 +550,11 @@ class ImageNoise:
         return torch.stack(rows).to(like.device, non_blocking=True)
 
 
+def maps(statistics):
+    """Latents' mean or std [C] -> [C, 1, 1]; RAE's [C, h, w] as they are."""
+    return statistics.view(*statistics.shape, 1, 1) if statistics.ndim == 1 else statistics
+
+
 @dataclass
 class Sampling:
     """What `generate` reads."""
@@ -572,7 +571,7 @@ class Sampling:
 
 @torch.no_grad()
 def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, rows=16, negative=None):
-    """Images [B, 3, H, W] in [-1, 1] of classes y [B] or captions, by the latents' mean, std [C]. Image i is a function
+    """Images [B, 3, H, W] in [-1, 1] of classes y [B] or captions, by the latents' mean, std [C] or [C, S, S]. Image i is a function
     of (cfg.seed, indices[i], y[i]), not its batch: `rows` at least are computed, as BLAS rounds otherwise for few."""
     device = world.device
     some = np.arange(max(rows, len(y))) % len(y)
@@ -590,7 +589,7 @@ def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, ro
             shared["cfg_channels"] = cfg.cfg_channels
             shared["train_shift"] = cfg.train_shift
             z = ode(model, x, labels, cfg.num_steps, cfg.timestep_shift, cls, cfg.solver, **shared)
-    z = z * std.to(device).view(-1, 1, 1) + mean.to(device).view(-1, 1, 1)
+    z = z * maps(std.to(device)) + maps(mean.to(device))
     return tokenizer.decode(z[:max(16, len(y))]).float()[:len(y)]
 
 
@@ -784,7 +783,7 @@ def caption_states(text, ids):
 
 
 def normalise_rows(rows, mean, std, text=None):
-    """Cache rows -> dict(latents, labels: the DiT's y, tokens or None), float32, on mean's device; mean, std [C, 1, 1].
+    """Cache rows -> dict(latents, labels: the DiT's y, tokens or None), float32, on mean's device; mean, std: maps.
     """
     rows = {name: value.to(mean.device, non_blocking=True) for name, value in rows.items()}
     tokens = rows["features"].float() if "features" in rows else None  # [B, (1 +) N, D]
@@ -846,7 +845,7 @@ def train(cfg, world):
         latents.images = images
     some = np.linspace(0, len(held) - 1, min(cfg.val_images, len(held))).astype(int)
     val = cache_latents(folder / "val", tok, held, world, some, vfm=vfm, **shared)
-    mean, std = (values.view(-1, 1, 1).to(world.device) for values in (latents.mean, latents.std))
+    mean, std = (maps(values).to(world.device) for values in (latents.mean, latents.std))
     if text:
         latents.mirrored = False  # left would be right
         latents.labels = caption_ids(folder, text, images, np.arange(len(images)), world)  # [n, L]
@@ -973,7 +972,7 @@ def vfm_tokens(vfm, images, grid):
 
 class Latents(Dataset):
     """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `labels` [n] (or captions'
-    ids [n, L]), the latents' `mean`, `std` [C]. Items are the images `rows`. The pixels of `images`, if set, come
+    ids [n, L]), the latents' `mean`, `std` [C] (of RAE [C, h, w]). Items are the images `rows`. The pixels of `images`, if set, come
     along."""
     images = None
     mirrored = True  # half of the items
@@ -1073,7 +1072,8 @@ def cache_latents(
         done.flush()
     world.barrier()
     if world.rank == 0:
-        mean, std = latent_statistics(mapped(folder / "latents.npy", dtype))
+        by_position = isinstance(tokenizer.adapter, IdentityAdapter)
+        mean, std = latent_statistics(mapped(folder / "latents.npy", dtype), by_position)
         write_json(folder / "meta.json", dict(meta, complete=True, mean=mean.tolist(), std=std.tolist()))
     world.barrier()
     return Latents(folder, names)
@@ -1115,17 +1115,21 @@ def open_cache(folder, wanted, labels):
     write_json(folder / "meta.json", dict(arrays=wanted, complete=False))
 
 
-def latent_statistics(latents):
-    """mean, std [C] of [n, C, h, w], of at most 20,000 rows (LightningDiT's 10,000 images, twice)."""
+def latent_statistics(latents, by_position=False):
+    """mean, std [C] of [n, C, h, w], or [C, h, w] (RAE's), of at most 20,000 rows (LightningDiT's 10,000 images,
+    twice)."""
+    def total(values):
+        return (values if by_position else values.mean((2, 3))).sum(0)
+
     mean = 0
     squares = 0
     count = min(len(latents), 20_000)
-    for rows in torch.linspace(0, len(latents) - 1, count).long().split(1000):
+    for rows in torch.linspace(0, len(latents) - 1, count).long().split(100 if by_position else 1000):
         z = latents[rows].double()
-        mean = mean + z.mean((2, 3)).sum(0) / count
-        squares = squares + z.square().mean((2, 3)).sum(0) / count
+        mean = mean + total(z) / count
+        squares = squares + total(z.square()) / count
     std = (squares - mean.square()).clamp(min=0).sqrt()
-    bad = torch.where(~((std > 0) & std.isfinite()))[0].tolist()
+    bad = torch.where(~((std > 0) & std.isfinite()))[0].unique().tolist()
     if bad:
         raise UserError(f"the latents' channels {bad} are constant or not finite")
     return mean, std

@@ -965,6 +965,97 @@ def test_other_autoencoders():
         fails(lambda: tokenizer.load_tokenizer(path), "diffusion")
 
 
+def rae_files(folder):
+    """A small decoder and its VFM, laid out as RAE's and DINOv3's -> (the decoder's path, load_tokenizer's overrides,
+    the decoder's weights)."""
+    shapes = {"decoder_embed.weight": [48, 64], "decoder_embed.bias": [48], "decoder_norm.weight": [48],
+              "decoder_norm.bias": [48], "decoder_pred.weight": [3 * 64, 48], "decoder_pred.bias": [3 * 64],
+              "trainable_cls_token": [1, 1, 48], "decoder_pos_embed": [1, 17, 48]}
+    linear = {"attention.attention.query": [48, 48], "attention.attention.key": [48, 48],
+              "attention.attention.value": [48, 48], "attention.output.dense": [48, 48],
+              "intermediate.dense": [80, 48], "output.dense": [48, 80]}
+    for i in range(2):
+        for name, shape in {**linear, "layernorm_before": [48], "layernorm_after": [48]}.items():
+            shapes[f"decoder_layers.{i}.{name}.weight"] = shape
+            shapes[f"decoder_layers.{i}.{name}.bias"] = shape[:1]
+    state = {key: tensor(key, shape) for key, shape in shapes.items()}
+    torch.save(state, f"{folder}/model.pt")
+    vfm = write_vit(folder, fill(golden("dinov3")))
+    return f"{folder}/model.pt", dict(vfm=vfm, num_heads=2, decoder_heads=3), state
+
+
+def mae_positions(grid, dim):
+    """MAE's sin-cos table [1 + grid^2, dim], in numpy: a class token's zeros, then columns before rows."""
+    rates = 1 / 10_000 ** (np.arange(dim // 4) / (dim / 4))
+    rows, columns = (each.flatten()[:, None] * rates for each in np.mgrid[:grid, :grid])
+    table = np.concatenate([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)], 1)
+    return torch.from_numpy(np.concatenate([np.zeros((1, dim)), table])).float()
+
+
+def mae_decoder(state, z, heads, patch):
+    """RAE's decoder written out, from its file's weights: latents [B, C, h, w] -> pixels in [0, 1]."""
+    def linear(name, x):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-12)
+
+    B, C, h, w = z.shape
+    x = linear("decoder_embed", z.reshape(B, C, h * w).transpose(1, 2))
+    x = torch.cat([state["trainable_cls_token"].repeat(B, 1, 1), x], 1)
+    x = x + mae_positions(h, x.shape[-1])
+    for i in range(2):
+        block = f"decoder_layers.{i}."
+        y = norm(f"{block}layernorm_before", x)
+        q, k, v = (linear(f"{block}attention.attention.{name}", y).view(B, -1, heads, 16).transpose(1, 2)
+                   for name in ("query", "key", "value"))
+        y = torch.softmax(q @ k.transpose(2, 3) / 16 ** 0.5, -1) @ v
+        x = x + linear(f"{block}attention.output.dense", y.transpose(1, 2).reshape(B, -1, heads * 16))
+        y = F.gelu(linear(f"{block}intermediate.dense", norm(f"{block}layernorm_after", x)))
+        x = x + linear(f"{block}output.dense", y)
+    x = linear("decoder_pred", norm("decoder_norm", x))[:, 1:]
+    x = torch.einsum("nhwpqc->nchpwq", x.view(B, h, w, patch, patch, 3)).reshape(B, 3, h * patch, w * patch)
+    return x * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+
+
+@torch.no_grad()
+def test_rae_file():
+    """RAE's published layout: latents are the VFM's last tokens, normalised without its affine, images those of the
+    decoder written out; images of half the size are decoded, larger ones refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, overrides, state = rae_files(folder)
+        tok = tokenizer.load_tokenizer(path, **overrides)
+        vit = tokenizer.load_vfm(overrides["vfm"], num_heads=2)
+        again = tokenizer.Tokenizer(**tok.arch)
+        again.load_state_dict(tok.state_dict())
+        torch.save({f"decoder.{key}": value for key, value in state.items()}, path)
+        prefixed = tokenizer.load_tokenizer(path, **overrides)
+        torch.save({key: value for key, value in state.items() if key != "decoder_layers.1.output.dense.bias"}, path)
+        fails(lambda: tokenizer.load_tokenizer(path, **overrides), path, "decoder.blocks.1.mlp.fc2.bias")
+        torch.save({**state, "decoder_embed.weight": torch.zeros(48, 32)}, path)
+        fails(lambda: tokenizer.load_tokenizer(path, **overrides), "32 channels", "VFM of 64")
+    assert (tok.resolution, tok.downsample, tok.z_dim, tok.scale_factor) == (32, 8, 64, 2.0)
+    torch.testing.assert_close(tok.decoder.pos_embed.flatten(0, 1), mae_positions(4, 48)[1:])
+    x = image(2, 3, 32, 32) * 2 - 1
+    mean, logvar = tok.encode(x)
+    vit.norm = nn.LayerNorm(64, 1e-6, elementwise_affine=False)
+    tokens, = vit(F.interpolate(x, (64, 64), mode="bilinear"))
+    torch.testing.assert_close(mean.flatten(2).mT, tokens, rtol=1e-4, atol=1e-4)
+    assert (logvar == -30).all()
+    decoded = tok.decode(mean)
+    torch.testing.assert_close(decoded / 2 + 0.5, mae_decoder(state, mean, 3, 8), rtol=1e-4, atol=1e-5)
+    for other in again, prefixed:
+        assert torch.equal(other.eval().decode(mean), decoded)
+    small = mean[:, :, :2, :2]
+    torch.testing.assert_close(tok.decode(small) / 2 + 0.5, mae_decoder(state, small, 3, 8), rtol=1e-4, atol=1e-5)
+    fails(lambda: tok.decode(torch.zeros(1, 64, 5, 4)), "at most 4")
+
+
+def test_rae_decoder_compiles_on_the_cpu():
+    """RAE's decoder with inductor."""
+    assert_compiled_alike(tokenizer.ViTDecoder(8, 4, 4, 1, 16, 2, 32), torch.randn(2, 8, 4, 4))
+
+
 def test_lpips_golden():
     """torchvision's VGG16 under the published linear layers gives the reference's distances."""
     g = golden("lpips_vgg")
@@ -1003,6 +1094,10 @@ def test_defaults_are_the_published_model():
 
 def test_defaults_of_every_method_are_built():
     """AlignTok's, VA-VAE's and the plain VAE's defaults: DINOv2-L, f16, 32 channels; LDM's decoder has its 42 M."""
+    with torch.device("meta"):
+        rae, _ = tokenizer.build_tokenizer(tokenizer.Config(method="rae"), pretrained=False)
+    assert (rae.downsample, rae.z_dim, rae.scale_factor) == (16, 768, 0.875)  # its decoder is "XL": ViT-MAE's sizes
+    assert abs(millions(rae.vfm) - 86.6) < 0.1 and abs(millions(rae.decoder) - 414.4) < 1
     for method in ("aligntok", "vavae", "vae"):
         with torch.device("meta"):
             tok, vfm = tokenizer.build_tokenizer(tokenizer.Config(method=method), pretrained=False)
@@ -1114,7 +1209,8 @@ def test_impossible_tokenizers_are_refused():
             (dict(downsample=32), "--widths"), (dict(method="aligntok", scale_factor=2.0), "2 times as fine"),
             (dict(downsample=4, widths=(16, 16, 8)), "0.5 times as fine"), (dict(level_dim=48), "heads"),
             (dict(layers=(-1, 2)), "--layers"), (dict(layers=(9, -1)), "layers"),
-            (dict(method="vae", groups=5), "widths"), (dict(image_size=36), "36 x 36")):
+            (dict(method="vae", groups=5), "widths"), (dict(method="rae", vit_decoder=(1, 130, 3, 8)), "3 attention heads"),
+            (dict(method="rae", vit_decoder=(1, 128)), "num_heads"), (dict(method="rae", downsample=4), "0.5 times"), (dict(image_size=36), "36 x 36")):
         fails(lambda: tokenizer.build_tokenizer(tiny_config("unused", **overrides)), words)
     with tempfile.TemporaryDirectory() as folder:
         fails(lambda: tokenizer.train(tiny_config(folder, kimg=0.001), WORLD), "--kimg=0.001")
@@ -2555,6 +2651,39 @@ def test_losses_reach_what_they_should():
     assert grad.abs().sum() > 0
     (losses["velocity"] + losses["cls"]).sum().backward(inputs=list(model.parameters()))
     assert latents.grad is None and model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+@with_diffusion_folder
+def test_rae_latents_are_normalised_by_position(folder, cfg):
+    """RAE's latents, cached, trained on and sampled: mean and deviation of each position and channel of the cache are
+    0 and 1; generate undoes them; the published statistics' form is read."""
+    with mock.patch.object(tokenizer, "load_vfm", tiny_vfm):
+        tok, _ = tokenizer.build_tokenizer(tiny_config(folder, method="rae"))
+    path = f"{folder}/out/tokenizer.pt"
+    tokenizer.save_checkpoint(
+        path, kind="tokenizer", arch=tok.arch, model=tok.state_dict(), ema={}, stage=1, images=0, classes=[],
+        config=dataclasses.asdict(tiny_config(folder, method="rae")))
+    train_diffusion(cfg, steps=2, cache_dtype="fp32")
+    entries = load(f"{cfg.out}/diffusion.pt")
+    mean, std = entries["latent_mean"], entries["latent_std"]
+    assert mean.shape == std.shape == (128, 4, 4)
+    latents = diffusion.Latents(f"{cfg.out}/latents/train", ["latents"])
+    z = diffusion.normalise_rows(latents.read(torch.arange(48).repeat(2), torch.arange(96) // 48), mean, std)["latents"]
+    torch.testing.assert_close(z.mean(0), torch.zeros_like(mean), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones_like(mean), atol=1e-3, rtol=0)
+    model = diffusion.load_diffusion(f"{cfg.out}/diffusion.pt")
+    decoded = []
+    with mock.patch.object(tok, "decode", lambda z: decoded.append(z) or torch.zeros(len(z), 3, 32, 32)):
+        with mock.patch.object(diffusion, "ode", lambda *arguments, **keywords: z[:16]):
+            diffusion.generate(model, tok, mean, std, range(16), torch.zeros(16).long(), diffusion.Sampling(), WORLD)
+    raw = latents.read(torch.arange(16), torch.zeros(16).long())["latents"]
+    torch.testing.assert_close(decoded[0], raw.float(), rtol=1e-4, atol=1e-4)
+    plain = dict(sample.PRESETS["toy"], out=cfg.out, n=2, num_steps=3, compile=False)
+    write_samples(sample.Config(**plain))
+    assert len(sampled(cfg.out)) == 2
+    torch.save(dict(mean=mean, var=std.square() - 1e-5), f"{folder}/stat.pt")  # RAE's published form
+    found = sample.load_pipeline(sample.Config(**plain, latent_stats=f"{folder}/stat.pt"), WORLD)[3:]
+    torch.testing.assert_close(list(found), [mean, std])
 
 
 @with_diffusion_folder
@@ -4052,6 +4181,8 @@ def test_joint_training_of_every_method():
                 assert math.isfinite(line["velocity"]) and ("repa" in line) == (side != "none") and "l1" in line
             arch = diffusion.load_diffusion(f"{folder}/joint-{side}/diffusion.pt").about["arch"]
             assert bool(arch["z_dim"]) == (side != "none")
+    with small_world(("rae",)) as folder:
+        fails(lambda: run_align(folder, *JOINT), "rae's encoder has nothing to train")
 
 
 STUDY = ("--study=1", "--study_methods=vae-8,vfmvae", "--study_seeds=2", "--study_kimg=0.128", "--study_steps=3",
