@@ -50,6 +50,7 @@ class Config:
     cfg_channels: int = 3  # on so many latent channels (0: all); not sde
     timestep_shift: float = 0.3  # s of t -> s t / (1 + (s - 1) t) (0: none); not sde
     train_shift: int = 0  # or by diffusion.py's --train_shift, in its place: as the model was trained
+    reuse: Positive = 1  # evaluations that share the output of a head model's other blocks (DDT; 1: none); not sde
     cls_cfg_scale: float = 0.0  # guidance of REG's class token (0: none)
     guide: str = ""  # a weaker model: autoguidance
     # machine and output
@@ -88,6 +89,8 @@ def load_pipeline(cfg, world):
         stats = {f"latent_{key}": value for key, value in load_weights(cfg.latent_stats).items()}
         if "latent_var" in stats:  # RAE's
             stats["latent_std"] = (stats["latent_var"] + 1e-5).sqrt()
+    if cfg.reuse > 1 and not model.head_depth:
+        raise UserError(f"--reuse={cfg.reuse}: {path} has no head (diffusion.py --head_depth)")
     if len(cfg.cfg_interval) != 2:
         raise UserError("--cfg_interval takes two times, LOW,HIGH")
     if "latent_std" not in stats or "latent_mean" not in stats:
@@ -109,6 +112,7 @@ def load_pipeline(cfg, world):
         net.projectors = torch.nn.ModuleList()  # only for training
         net.to(world.device)
         if cfg.compile:
+            torch._dynamo.config.cache_size_limit = 64  # batch sizes x what is kept
             net.forward = torch.compile(net.forward, fullgraph=True, dynamic=False)
     return model, guide, tokenizer, mean, std
 

@@ -2069,6 +2069,7 @@ def small_dit(arch="lightningdit", random=True, **arguments):
 
 
 REG = dict(arch="sit", cls_dim=24, z_dim=24, qk_norm=True)
+WIDE = dict(head_depth=2, head_size=64, head_heads=4)
 DIT_INPUT = torch.randn(3, 8, 4, 4), torch.rand(3), torch.tensor([1, 10, 2]), torch.randn(3, 24)
 
 
@@ -2079,7 +2080,7 @@ def inputs_of(model):
 
 def test_dit_starts_at_zero():
     """adaLN-zero: the velocities of a fresh model are 0."""
-    for arguments in ({}, dict(patch_size=2), REG):
+    for arguments in ({}, dict(patch_size=2), REG, WIDE):
         model = small_dit(random=False, **arguments)
         out = model(*inputs_of(model))
         for velocity in out[:2] if model.cls_dim else [out]:
@@ -2088,7 +2089,7 @@ def test_dit_starts_at_zero():
 
 def test_dit_learns_everywhere():
     """Every parameter receives a gradient."""
-    for arguments in ({}, dict(patch_size=2), REG):
+    for arguments in ({}, dict(patch_size=2), REG, WIDE, dict(head_depth=1, arch="sit")):
         model = small_dit(**arguments)
         out = model(*inputs_of(model))
         sum(part.square().sum() for part in (out if model.cls_dim else [out])).backward()
@@ -2100,7 +2101,7 @@ def test_dit_learns_everywhere():
 def test_dit_blocks_and_smaller_latents():
     """On smaller latents a DiT is the DiT of that size with the same weights: positions count from 0. blocks=True gives
     what its blocks give."""
-    for arguments in ({}, dict(patch_size=2), REG):
+    for arguments in ({}, dict(patch_size=2), REG, dict(depth=2, head_depth=1)):
         model = small_dit(input_size=8, **arguments).eval()
         small = small_dit(**arguments).eval()
         small.load_state_dict(model.state_dict())
@@ -2137,6 +2138,159 @@ def test_dit_compiles_whole():
                 torch.testing.assert_close(got, want)
 
 
+def plain_wide(state, x, t, y, depth, heads):
+    """DDT and DiT^DH written out for patch size 1, from the weights of `DiT` without its code -> v, the trunk's tokens.
+    heads: of trunk and head."""
+    def linear(name, x):
+        return x @ state[f"{name}.weight"].flatten(1).T + state[f"{name}.bias"]
+
+    def norm(name, x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[f"{name}.weight"]
+
+    def turned(x, side):  # pairs of channels, by row and then by column
+        d = x.shape[-1]
+        rates = 10_000 ** (-torch.arange(d // 4).double() * 4 / d)
+        row, column = (each.flatten()[:, None] * rates for each in torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"))
+        turn = torch.polar(torch.ones(side ** 2, d // 2).double(), torch.cat([row, column], 1))
+        return torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2).float()
+
+    def block(i, x, c, heads):
+        name = f"blocks.{i}"
+        m = linear(f"{name}.adaLN_modulation.1", F.silu(c)).chunk(6, -1)
+        qkv = linear(f"{name}.attn.qkv", norm(f"{name}.norm1", x) * (1 + m[1]) + m[0]).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv)
+        q = turned(q, side)
+        k = turned(k, side)
+        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
+        x = x + m[2] * linear(f"{name}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
+        a, b = linear(f"{name}.mlp.w12", norm(f"{name}.norm2", x) * (1 + m[4]) + m[3]).chunk(2, -1)
+        return x + m[5] * linear(f"{name}.mlp.w3", F.silu(a) * b)
+
+    side = x.shape[-1]
+    rates = torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    angles = t[:, None] * rates
+    waves = [angles.cos(), angles.sin()]
+    if "t_embedder.W" in state:  # RAE's file: sines before cosines
+        angles = 2 * math.pi * t[:, None] * state["t_embedder.W"]
+        waves = [angles.sin(), angles.cos()]
+    time = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat(waves, 1))))
+    tokens = x.flatten(2).mT
+    u = linear("s_embedder.proj", tokens)
+    u = u + mae_positions(side, u.shape[-1])[1:]
+    c = F.silu(time + state["y_embedder.embedding_table.weight"][y])[:, None]
+    for i in range(depth):
+        u = block(i, u, c, heads[0])
+    s = F.silu(time[:, None] + u)
+    if "s_projector.weight" in state:
+        s = linear("s_projector", s)
+    h = linear("x_embedder.proj", tokens)
+    for i in range(depth, 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))):
+        h = block(i, h, s, heads[1])
+    shift, scale = linear("final_layer.adaLN_modulation.1", F.silu(s)).chunk(2, -1)
+    v = linear("final_layer.linear", norm("final_layer.norm_final", h) * (1 + scale) + shift)
+    return v.mT.unflatten(2, (side, side)), u
+
+
+@torch.no_grad()
+def test_wide_head():
+    """A head as wide as the other blocks (DDT) or wider (RAE's DiT^DH) gives what is written out above; kept tokens are
+    the trunk's and stand in for it; REPA reads the trunk; what cannot be is refused."""
+    x, t, y = DIT_INPUT[:3]
+    for arguments, heads in (WIDE, (2, 4)), (dict(head_depth=1), (2, 2)):
+        model = small_dit(**arguments)
+        want, u = plain_wide(model.state_dict(), x, t, y, 3, heads)
+        kept = {}
+        assert want.std() > 0.1
+        torch.testing.assert_close(model(x, t, y, kept=kept), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(kept[3], u, rtol=1e-4, atol=1e-4)
+        states = model(x, t, y, blocks=True)
+        assert [state.shape[2] for state in states] == [32] * 3 + [len(model.final_layer.norm_final.weight)] * (
+            len(states) - 3)
+        torch.testing.assert_close(states[2], kept[3])
+        same = model(x, t, y, kept=kept)
+        assert torch.equal(same, model(x, t, y))
+        others = model(x, t, (y + 1) % 10, kept=kept)  # classes reach the trunk alone
+        assert torch.equal(others, same) and not torch.equal(model(x, t / 2, y, kept=kept), same)
+    _, _, projection = small_dit(**WIDE, z_dim=24)(x, t, y)
+    assert projection.shape == (3, 16, 24)
+    fails(lambda: small_dit(**REG, head_depth=1), "--head_depth")
+    fails(lambda: small_dit(head_depth=1, head_size=66), "head_size=66")
+    cfg = diffusion.Config(model="XL", head_depth=2, head_size=2048)
+    with torch.device("meta"):
+        model = diffusion.DiT(**diffusion.model_arch(cfg, 768, 16, 1000, 0))
+    assert model.blocks[-1].attn.num_heads == 16 and 830 < sum(p.numel() for p in model.parameters()) / 1e6 < 850
+
+
+def test_wide_head_compiles_whole():
+    """No graph break, also where tokens are kept; the same velocities."""
+    model = small_dit(**WIDE)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager", dynamic=False)
+    torch._dynamo.reset()
+    kept = {}
+    for _ in range(2):
+        torch.testing.assert_close(compiled(*DIT_INPUT[:3], kept=kept), model(*DIT_INPUT[:3]))
+    assert list(kept) == [3]
+
+
+@torch.no_grad()
+def test_rae_dit_file():
+    """A small DiT^DH in RAE's names, in its time (0 data, 1 noise) and with its Fourier features, gives ours turned
+    round; QK norm shows the heads."""
+    model = small_dit(**WIDE, fourier=16)
+    state = model.state_dict()
+    state["t_embedder.freqs"] = state["t_embedder.W"]
+    x, t, y = DIT_INPUT[:3]
+    want, _ = plain_wide(state, x, 1 - t, y, 3, (2, 4))
+    del state["t_embedder.W"]
+    state.update({"pos_embed": torch.zeros(1, 16, 32), "dec_feat_rope.freqs_cos": torch.zeros(3)})
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = saved(f"{folder}/stage2_model.pt", dict(ema=state))(num_heads=2, head_heads=4)
+        torch.testing.assert_close(loaded(x, t, y), -want, rtol=1e-4, atol=1e-4)
+        model = small_dit(**WIDE, qk_norm=True)
+        found = diffusion.official_arch({**model.state_dict(), "pos_embed": torch.zeros(1, 16, 32)})
+    expected = dict(WIDE, depth=3, num_heads=2, hidden_size=32, input_size=4, in_channels=8, fourier=0)
+    assert {key: found[key] for key in expected} == expected
+
+
+@torch.no_grad()
+def test_reuse():
+    """Every K-th evaluation is whole, from the first; between them Euler's and Heun's evaluations run the head alone on
+    what was kept, guided halves and the guide each on their own. K = 1 and a model without a head are as ever."""
+    model = small_dit(**WIDE)
+    guide = small_dit(head_depth=1)
+    torch.manual_seed(1)
+    x = torch.randn(2, 8, 4, 4)
+    y = torch.tensor([3, 1])
+    runs = []
+    for net in model, guide:
+        net.blocks[0].register_forward_hook(lambda block, inputs, output, net=net: runs.append((net, len(output))))
+    plain = diffusion.ode(model, x, y, 8)
+    assert torch.equal(plain, diffusion.ode(model, x, y, 8, reuse=1)) and len(runs) == 14
+    for solver, count in ("euler", 3), ("ab2", 3), ("heun", 5):
+        runs.clear()
+        z = diffusion.ode(model, x, y, 8, solver=solver, reuse=3, cfg_scale=2.0)
+        assert runs == [(model, 4)] * count, (solver, runs)
+        runs.clear()
+        z = diffusion.ode(model, x, y, 8, solver=solver, reuse=3, cfg_scale=2.0, guide=guide)
+        assert runs == [(model, 2), (guide, 2)] * count
+    runs.clear()
+    diffusion.ode(model, x, y, 9, reuse=4, cfg_scale=2.0, cfg_interval=(0.3, 1.0))  # 0, 1/8, 1/4 unguided
+    assert runs == [(model, 2), (model, 4), (model, 4)]
+
+    z = x
+    for step in range(7):
+        t = torch.full((4,), step / 7)
+        if step % 3 == 0:
+            kept = {}
+        both = torch.cat([y, torch.tensor([10, 10])])
+        own, other = model(torch.cat([z, z]), t, both, kept=kept).chunk(2)
+        z = z + (other + 2 * (own - other)) / 7
+    torch.testing.assert_close(diffusion.ode(model, x, y, 8, reuse=3, cfg_scale=2.0), z)
+    assert not torch.allclose(z, diffusion.ode(model, x, y, 8, cfg_scale=2.0), atol=1e-4)
+    bare = small_dit()
+    assert torch.equal(diffusion.ode(bare, x, y, 8, reuse=3), diffusion.ode(bare, x, y, 8))
+
+
 def test_dit_in_bf16():
     """Autocast changes a REG model's outputs by less than 3%."""
     model = small_dit(**REG)
@@ -2150,7 +2304,7 @@ def test_dit_in_bf16():
 def test_dit_flops():
     """The count of a forward pass is PyTorch's."""
     from torch.utils.flop_counter import FlopCounterMode
-    for arguments in ({}, dict(patch_size=2), REG):
+    for arguments in ({}, dict(patch_size=2), REG, WIDE):
         model = small_dit(**arguments)
         counter = FlopCounterMode(display=False)
         with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -2684,6 +2838,17 @@ def test_rae_latents_are_normalised_by_position(folder, cfg):
     torch.save(dict(mean=mean, var=std.square() - 1e-5), f"{folder}/stat.pt")  # RAE's published form
     found = sample.load_pipeline(sample.Config(**plain, latent_stats=f"{folder}/stat.pt"), WORLD)[3:]
     torch.testing.assert_close(list(found), [mean, std])
+
+
+@with_diffusion_folder
+def test_wide_head_trains_and_samples(folder, cfg):
+    """diffusion.py --head_depth --head_size, with REPA; sample.py --reuse, which a model without a head refuses."""
+    train_diffusion(cfg, head_depth=1, head_size=64, align="repa", steps=2, train_shift=16)
+    plain = dict(sample.PRESETS["toy"], out=cfg.out, n=2, num_steps=5, compile=False, reuse=2)
+    write_samples(sample.Config(**plain))
+    assert len(sampled(cfg.out)) == 2 and load(f"{cfg.out}/diffusion.pt")["arch"]["head_size"] == 64
+    train_diffusion(cfg, out=f"{folder}/plain", tokenizer=f"{folder}/out/tokenizer.pt", steps=1)
+    fails(lambda: write_samples(sample.Config(**dict(plain, out=f"{folder}/plain"))), "--reuse=2", "--head_depth")
 
 
 @with_diffusion_folder
