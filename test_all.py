@@ -1777,7 +1777,7 @@ def test_other_sizes():
         with tempfile.TemporaryDirectory() as folder:
             quiet(tokenizer.train, tiny_config(folder, method=method, recipe="toy", image_size=64, kimg=0.016), WORLD)
             tok = tokenizer.load_tokenizer(f"{folder}/tokenizer.pt")
-            assert tok.encode(torch.zeros(1, 3, 64, 96))[0].shape == (1, 4, 8, 12)
+            assert tok.encode(torch.zeros(1, 3, 64, 96))[0].shape == (1, 128 if method == "rae" else 4, 8, 12)
 
 
 def test_tokenizer_on_two_processes():
