@@ -25,7 +25,8 @@ from typing import Literal
 # before torch, for whose threads tokenizer.py sets the environment
 from diffusion import PRESETS as DIFFUSION_PRESETS, Config as DiffusionConfig, train as train_diffusion
 from diffusion import (
-    ImageNoise, Sampling, build, draw_times, flow_losses, full_state, generate, load_diffusion, update_ema, vfm_tokens)
+    ImageNoise, Sampling, build, draw_times, flow_losses, full_state, generate, load_diffusion, maps, update_ema,
+    vfm_tokens)
 from fid import full_float32, judge, judge_tokenizer, load_features
 from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, train as train_tokenizer
 from sample import tokenizer_beside
@@ -229,7 +230,7 @@ def pooled_features(subjects, vfms, images):
         z = tok.moments(tok.features(images), side, side).float().chunk(2, 1)[0]  # [B, C, h, w]
         yield (subject.name, "latents"), z.mean((2, 3))
         for name, dit in subject.networks.items():
-            mean, std = (dit.about[key].to(z).view(1, -1, 1, 1) for key in ("latent_mean", "latent_std"))
+            mean, std = (maps(dit.about[key]).to(z) for key in ("latent_mean", "latent_std"))
             cls = None
             if dit.cls_dim:
                 cls = tokens(dit.about["config"]["align_vfm"], z.shape[-1] // dit.patch_size)[:, 0]  # [B, D]
@@ -395,7 +396,7 @@ class JointTrainer(Trainer):
         dropped = torch.rand(len(z), device=z.device) < cfg.class_dropout
         y = torch.where(dropped, dit.num_classes, labels.to(z.device))
         cls_noise = torch.randn_like(tokens[:, 0]) if dit.cls_dim else None
-        t = draw_times(len(z), 0, cfg, z.device)
+        t = draw_times(len(z), 0, cfg, dit)
         with self.world.autocast():
             losses = flow_losses(dit, self.statistics(leaf), y, t, torch.randn_like(z), tokens, cls_noise)
         losses = {name: value.mean() for name, value in losses.items()}
@@ -456,11 +457,14 @@ def train_jointly(cfg, paths, world):
     ours = {key: getattr(cfg, key) for key in ("out", "cache", "seed", "batch_size", "accumulate", "compile")}
     with reading(saved.path):
         tok_cfg = TokenizerConfig(**{**saved["config"], **ours})
+    stages = [stage for stage in stages_of(tok_cfg) if "adapter" in stage.trains]
+    if not stages:
+        raise UserError(f"{saved.path}: {tok_cfg.method}'s encoder has nothing to train jointly")
     tok, vfm = build_tokenizer(tok_cfg)
     load_state(tok, saved["model"] if again else {**saved["model"], **saved["ema"]}, saved.path)
     tok = tok.to(world.device, memory_format=world.layout)
     trainer = JointTrainer(tok_cfg, tok, world, vfm and vfm.to(world.device), cfg, entries, again)
-    stage = [stage for stage in stages_of(tok_cfg) if "adapter" in stage.trains][-1]
+    stage = stages[-1]
     seed_step(cfg.seed, -1)
     trainer.start_stage(stage)
     trainer.load_state_dict(saved, same_stage=again)
@@ -521,7 +525,7 @@ def train_jointly(cfg, paths, world):
 
 # Encoder, stages and losses alone differ: see STAGES["study"]. A blind VFM never saw classes.
 METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
-for name in ("vavae", "vfmvae", "aligntok"):
+for name in ("vavae", "vfmvae", "aligntok", "rae"):
     METHODS[name] = dict(method=name)
     METHODS[f"{name}-blind"] = dict(method=name, vfm="toy-blind")
 QUALITIES = ("SE-CKNNA", "CKNNA", "SE-CKNNA to toy", "SE-CKNNA to toy-blind", "probe", "PSNR", "rFD", "rAccuracy")

@@ -24,6 +24,7 @@ its interval 2404.07724, autoguidance 2406.02507.
 """
 import copy
 import functools
+import itertools
 import math
 import os
 import re
@@ -35,10 +36,10 @@ from typing import Literal
 
 # before torch, for whose threads tokenizer.py sets the environment
 from tokenizer import (
-    MLP, Decay, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, init_world, lerp_unless,
-    load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main, make_loader, open_data,
-    parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step, step_batches, step_unless,
-    time_steps, to_float, write_json)
+    MLP, Decay, IdentityAdapter, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, grid_angles,
+    init_world, lerp_unless, load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main,
+    make_loader, open_data, parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step,
+    sincos_positions, step_batches, step_unless, time_steps, to_float, write_json)
 
 import numpy as np
 import torch
@@ -80,11 +81,14 @@ class Config:
     depth: int = 0  # 0: the model's
     hidden_size: int = 0  # likewise
     num_heads: int = 0  # likewise
+    head_depth: int = 0  # blocks of a head that the others' output modulates, token by token (DDT, DiT^DH); 0: none
+    head_size: int = 0  # its width; 0: hidden_size
     patch_size: Positive = 1  # latents a token's side
     arch: Literal["lightningdit", "sit"] = "lightningdit"  # RMSNorm, SwiGLU, RoPE; or LayerNorm, GELU
     qk_norm: bool = False  # of queries and keys: for long runs
     # objective
     times: Literal["lognormal", "uniform"] = "lognormal"  # logit-normal(0, 1)
+    train_shift: int = 0  # times by s = sqrt(train_shift / a latent's numbers) < 1 (RAE: 4096; 0: none): shift_times
     uniform_from: int = 0  # uniform from this step (0: never); LightningDiT: 600000 of 700,000
     cosine_weight: float = 1.0  # of 1 - cosine(v, target)
     class_dropout: Share = 0.1  # share of labels made null
@@ -195,9 +199,11 @@ class DiTBlock(nn.Module):
         self.mlp = mlp()
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, c, rope):  # [B, N, D], [B, D]
+    def forward(self, x, c, rope):  # [B, N, D], [B, D] or, in a head, [B, N, D]
         # bf16 would round 1 + scale to 1/128
-        modulation = self.adaLN_modulation(c).float()[:, None]  # [B, 1, 6 D]
+        modulation = self.adaLN_modulation(c).float()  # [B, 6 D]
+        if c.ndim == 2:
+            modulation = modulation[:, None]  # [B, 1, 6 D]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
@@ -207,13 +213,17 @@ FREQUENCIES = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float6
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, dim):
+    """fourier: so many fixed random frequencies W (RAE), else ADM's."""
+
+    def __init__(self, dim, fourier=0):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(2 * fourier or 256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.register_buffer("W", torch.randn(fourier) if fourier else None)
         self.register_buffer("frequencies", FREQUENCIES.float(), persistent=False)
 
     def forward(self, t):  # [B], 0 to 1, unscaled
-        angles = t.float()[:, None] * self.frequencies  # [B, 128]
+        frequencies = self.frequencies if self.W is None else 2 * math.pi * self.W
+        angles = t.float()[:, None] * frequencies  # [B, 128 or fourier]
         return self.mlp(torch.cat((angles.cos(), angles.sin()), -1))  # [B, D]
 
 
@@ -252,8 +262,11 @@ class FinalLayer(nn.Module):
         self.linear_cls = nn.Linear(dim, cls_dim) if cls_dim else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x, c):  # [B, (1 +) N, D], [B, D]
-        shift, scale = self.adaLN_modulation(c).float()[:, None].chunk(2, -1)  # [B, 1, D]
+    def forward(self, x, c):  # [B, (1 +) N, D], [B, D] or [B, N, D]
+        modulation = self.adaLN_modulation(c).float()  # [B, 2 D]
+        if c.ndim == 2:
+            modulation = modulation[:, None]  # [B, 1, 2 D]
+        shift, scale = modulation.chunk(2, -1)
         x = modulate(self.norm_final(x), shift, scale)
         if self.linear_cls is None:
             return self.linear(x), None  # [B, N, p p C]
@@ -263,28 +276,33 @@ class FinalLayer(nn.Module):
 def position_tables(grid, dim, head_dim):
     """Sin-cos positions [grid, grid, dim] (half by column, half by row; sines, cosines) and rotary angles
     [grid, grid, head_dim / 2] (half by row, half by column)."""
-    def angles(k):
-        angle = torch.arange(grid, device="cpu")[:, None] / 10_000 ** (torch.arange(k, device="cpu").double() / k)
-        return angle[:, None].expand(grid, grid, k), angle.expand(grid, grid, k)
-
-    y, x = angles(dim // 4)
-    positions = torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), -1)
-    return positions.float(), torch.cat(angles(head_dim // 4), -1).float()
+    return sincos_positions(grid, dim), torch.cat(grid_angles(grid, head_dim // 4), -1).float()
 
 
 class DiT(nn.Module):
     """model(x, t, y) -> v: latents x [B, C, S, S] (or smaller), times t [B] from 0 (noise) to 1 (data), classes y [B]
     (num_classes: null) or captions (text_tokens > 0: see TextEmbedder), velocity v = data - noise. cls [B, cls_dim]:
     REG's class token, noised. With it (cls_dim > 0) or REPA's head (z_dim > 0): -> (v, v_cls [B, cls_dim] or None,
-    projection [B, (1 +) N, z_dim] or None). blocks=True: -> each block's tokens [B, (1 +) N, D]."""
+    projection [B, (1 +) N, z_dim] or None). blocks=True: -> each block's tokens [B, (1 +) N, D].
+
+    head_depth: so many blocks more, of width head_size, embed x anew (x_embedder; the others' is then s_embedder) and
+    are modulated, token by token, by SiLU(time + the others' output) (DDT, arXiv 2504.05741, section 3; RAE's DiT^DH,
+    2510.11690, section 5). kept: a dictionary that keeps that output by batch size; once there, it is not computed."""
 
     def __init__(
             self, input_size=16, in_channels=32, patch_size=1, hidden_size=1152, depth=28, num_heads=16,
             num_classes=1000, arch="lightningdit", mlp_hidden=0, qk_norm=False, cls_dim=0, z_dim=0, projector_dim=2048,
-            encoder_depth=8, text_tokens=0, text_dim=0, text_pooled=False, vocabulary=0):
+            encoder_depth=8, text_tokens=0, text_dim=0, text_pooled=False, vocabulary=0, head_depth=0, head_size=0,
+            head_heads=0, fourier=0):
         super().__init__()
-        if input_size % patch_size or hidden_size % (4 * num_heads):
-            raise UserError(f"{patch_size=} must divide {input_size=}, 4 x {num_heads=} must divide {hidden_size=}")
+        H = head_size or hidden_size
+        head_heads = head_heads or (num_heads if H == hidden_size else max(1, H // 128))  # RAE's: 128 channels each
+        if input_size % patch_size or hidden_size % (4 * num_heads) or H % (4 * head_heads):
+            raise UserError(
+                f"{patch_size=} must divide {input_size=}, 4 x {num_heads=} {hidden_size=}, 4 x {head_heads=} "
+                f"head_size={H}")
+        if cls_dim and head_depth:
+            raise UserError("REG's class token has no place in a head: --align=reg or --head_depth")
         self.input_size = input_size
         self.in_channels = in_channels
         self.patch_size = patch_size
@@ -293,26 +311,40 @@ class DiT(nn.Module):
         self.cls_dim = cls_dim
         self.text_tokens = text_tokens
         self.encoder_depth = encoder_depth
+        self.depth = depth
+        self.head_depth = head_depth
         self.checkpointing = False
         D = hidden_size
         if arch == "lightningdit":
-            norm = head_norm = functools.partial(RMSNorm, eps=1e-6)
-            mlp = functools.partial(SwiGLU, D, mlp_hidden or int(2 / 3 * 4 * D))
+            norm = qk = functools.partial(RMSNorm, eps=1e-6)
         else:
             norm = functools.partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
-            head_norm = nn.LayerNorm
-            mlp = functools.partial(MLP, D, mlp_hidden or 4 * D, "gelu_tanh")
+            qk = nn.LayerNorm
         if not qk_norm:
-            head_norm = nn.Identity
+            qk = nn.Identity
 
-        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(in_channels, D, patch_size, patch_size)))
-        self.t_embedder = TimestepEmbedder(D)
+        def block(dim, heads, hidden):
+            if arch == "lightningdit":
+                mlp = functools.partial(SwiGLU, dim, hidden or int(2 / 3 * 4 * dim))
+            else:
+                mlp = functools.partial(MLP, dim, hidden or 4 * dim, "gelu_tanh")
+            return DiTBlock(dim, heads, mlp, norm, qk)
+
+        def embedder(dim):
+            return nn.ModuleDict(dict(proj=nn.Conv2d(in_channels, dim, patch_size, patch_size)))
+
+        self.x_embedder = embedder(H if head_depth else D)
+        self.t_embedder = TimestepEmbedder(D, fourier)
         if text_tokens:
             self.text_embedder = TextEmbedder(D, text_tokens, text_dim, text_pooled, vocabulary)
         else:
             self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(num_classes + 1, D)))
-        self.blocks = nn.ModuleList(DiTBlock(D, num_heads, mlp, norm, head_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(D, patch_size ** 2 * in_channels, cls_dim, norm)
+        self.blocks = nn.ModuleList(block(D, num_heads, mlp_hidden) for _ in range(depth))
+        if head_depth:
+            self.s_embedder = embedder(D)
+            self.s_projector = nn.Linear(D, H) if H != D else nn.Identity()
+            self.blocks.extend(block(H, head_heads, 0) for _ in range(head_depth))
+        self.final_layer = FinalLayer(H if head_depth else D, patch_size ** 2 * in_channels, cls_dim, norm)
         if cls_dim:
             self.cls_projectors2 = nn.Linear(cls_dim, D)
             self.wg_norm = nn.LayerNorm(D, eps=1e-6)
@@ -324,6 +356,8 @@ class DiT(nn.Module):
         positions, angles = position_tables(self.grid, D, D // num_heads)
         self.register_buffer("pos_embed", positions, persistent=False)
         self.register_buffer("rope_angles", angles if arch == "lightningdit" else None, persistent=False)
+        _, angles = position_tables(self.grid, D, H // head_heads)
+        self.register_buffer("head_angles", angles if arch == "lightningdit" else None, persistent=False)
         self.initialize()
 
     def initialize(self):
@@ -351,41 +385,62 @@ class DiT(nn.Module):
             return torch.zeros(n, self.text_tokens, dtype=torch.long, device=device)
         return self.text_embedder.null.expand(n, -1, -1)
 
-    def forward(self, x, t, y, cls=None, blocks=False):
-        p = self.patch_size
-        h = x.shape[2] // p
-        w = x.shape[3] // p
-        x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2)  # [B, N, D]
-        x = x + self.pos_embed[:h, :w].flatten(0, 1)
-        if self.cls_dim:  # first, without a position
-            token = self.wg_norm(self.cls_projectors2(cls))  # [B, D]
-            x = torch.cat((token[:, None], x), 1)  # [B, 1 + N, D]
-        c = self.t_embedder(t)  # [B, D]
-        if self.text_tokens:  # before all, without positions
-            text, pooled = self.text_embedder(y)
-            c = c + pooled
-            x = torch.cat((text.to(x.dtype), x), 1)  # [B, L + (1 +) N, D]
-        else:
-            c = c + self.y_embedder["embedding_table"](y)
+    def walk(self, blocks, x, c, angles):
+        """-> tokens after each block. angles [h, w, d / 2]: of the last h w tokens, or None."""
         rope = None
-        if self.rope_angles is not None:
-            angles = self.rope_angles[:h, :w].flatten(0, 1)[:, None]  # [N, 1, d / 2]
-            angles = F.pad(angles, (0, 0, 0, 0, x.shape[1] - h * w, 0))
+        if angles is not None:
+            angles = angles.flatten(0, 1)[:, None]  # [N, 1, d / 2]
+            angles = F.pad(angles, (0, 0, 0, 0, x.shape[1] - len(angles), 0))
             rope = angles.cos(), angles.sin()
-        states = []
-        projection = None
-        for i, block in enumerate(self.blocks, 1):
+        for block in blocks:
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, c, rope, use_reentrant=False)
             else:
                 x = block(x, c, rope)  # [B, L + (1 +) N, D]
-            if blocks:
-                states.append(x[:, self.text_tokens:])
-            if self.projectors and i == self.encoder_depth:
-                projection = self.projectors[0](x[:, self.text_tokens:])  # [B, (1 +) N, z_dim]
+            yield x
+
+    def forward(self, x, t, y, cls=None, blocks=False, kept=None):
+        p = self.patch_size
+        h = x.shape[2] // p
+        w = x.shape[3] // p
+        rope_angles, head_angles = (a if a is None else a[:h, :w] for a in (self.rope_angles, self.head_angles))
+        latents = x
+        c = time = self.t_embedder(t)  # [B, D]
+        states = []
+        projection = None
+        if self.head_depth and kept and len(x) in kept:
+            x = kept[len(x)]
+        else:
+            embedder = self.s_embedder if self.head_depth else self.x_embedder
+            x = embedder["proj"](x).flatten(2).transpose(1, 2)  # [B, N, D]
+            x = x + self.pos_embed[:h, :w].flatten(0, 1)
+            if self.cls_dim:  # first, without a position
+                token = self.wg_norm(self.cls_projectors2(cls))  # [B, D]
+                x = torch.cat((token[:, None], x), 1)  # [B, 1 + N, D]
+            if self.text_tokens:  # before all, without positions
+                text, pooled = self.text_embedder(y)
+                c = c + pooled
+                x = torch.cat((text.to(x.dtype), x), 1)  # [B, L + (1 +) N, D]
+            else:
+                c = c + self.y_embedder["embedding_table"](y)
+            trunk = F.silu(c) if self.head_depth else c  # RAE's, before adaLN's own
+            for i, x in enumerate(self.walk(self.blocks[:self.depth], x, trunk, rope_angles), 1):
+                if blocks:
+                    states.append(x[:, self.text_tokens:])
+                if self.projectors and i == self.encoder_depth:
+                    projection = self.projectors[0](x[:, self.text_tokens:])  # [B, (1 +) N, z_dim]
+            x = x[:, self.text_tokens:]
+            if kept is not None:
+                kept[len(x)] = x
+        if self.head_depth:
+            c = self.s_projector(F.silu(time[:, None] + x))  # [B, N, H]
+            x = self.x_embedder["proj"](latents).flatten(2).transpose(1, 2)  # [B, N, H]
+            for x in self.walk(self.blocks[self.depth:], x, c, head_angles):
+                if blocks:
+                    states.append(x)
         if blocks:
             return states
-        v, v_cls = self.final_layer(x[:, self.text_tokens:], c)  # [B, N, p p C], [B, cls_dim]
+        v, v_cls = self.final_layer(x, c)  # [B, N, p p C], [B, cls_dim]
         v = v.view(-1, h, w, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
         v = v.flatten(4).flatten(2, 3).contiguous()  # [B, C, S, S]
         return (v, v_cls, projection) if self.cls_dim or self.projectors else v
@@ -394,15 +449,19 @@ class DiT(nn.Module):
         """Of an image's forward pass, matrix products alone."""
         image = self.grid ** 2 + (self.cls_dim > 0)
         tokens = self.text_tokens + image
-        products = 2 * len(self.blocks) * tokens ** 2 * self.pos_embed.shape[-1]  # attention
+        products = 2 * self.depth * tokens ** 2 * self.pos_embed.shape[-1]  # attention
+        products += 2 * self.head_depth * image ** 2 * len(self.x_embedder["proj"].weight)
         for name, weight in self.named_parameters():
             if weight.ndim > 1 and not re.search(r"y_embedder|embedding|positions", name):
                 count = tokens
-                if re.search(r"\bt_embedder|adaLN|cls|pool", name):
+                block = re.match(r"blocks\.(\d+)", name)
+                if self.head_depth and re.match("final|s_projector", name) or block and int(block[1]) >= self.depth:
+                    count = image
+                elif re.search(r"\bt_embedder|adaLN|cls|pool", name):
                     count = 1
                 elif "text" in name:
                     count = self.text_tokens
-                elif re.search("x_embedder|final|projectors", name):
+                elif re.search("x_embedder|s_embedder|final|projectors", name):
                     count = image
                 products += weight.numel() * count
         return 2 * products
@@ -437,23 +496,37 @@ def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
     return losses
 
 
-def draw_times(n, step, cfg, device):
-    """[n], logit-normal(0, 1), as Stable Diffusion 3's, or uniform."""
+def shift_times(t, shift, base=0, model=None):
+    """t -> s t / (1 + (s - 1) t), s = `shift` (0: t itself). With a base: s = sqrt(base / numbers in the model's
+    latents) where that is below 1, else no shift (RAE, arXiv 2510.11690, section 4: wide latents need more noise)."""
+    if base:
+        shift = math.sqrt(base / (model.in_channels * model.input_size ** 2))
+        shift = shift if shift < 1 else 0
+    return shift * t / (1 + (shift - 1) * t) if shift > 0 else t
+
+
+def draw_times(n, step, cfg, model):
+    """[n], logit-normal(0, 1), as Stable Diffusion 3's, or uniform; maybe shifted."""
+    device = model.pos_embed.device
     if cfg.times == "uniform" or 0 < cfg.uniform_from <= step:
-        return torch.rand(n, device=device)
-    return torch.randn(n, device=device).sigmoid()
+        t = torch.rand(n, device=device)
+    else:
+        t = torch.randn(n, device=device).sigmoid()
+    return shift_times(t, 0, cfg.train_shift, model)
 
 
 def guided(
         model, state, t, y, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=0, cls_cfg_scale=0.0, guide=None,
-        negative=None):
+        negative=None, kept=(None, None)):
     """Velocities of state = [x] or [x, REG's class token] at time t: other + scale (conditional - other) in
     cfg_interval, else conditional. The other: of y = `negative` (None: the null class or caption), in the same batch,
     or the weaker model `guide`'s (autoguidance). cfg_channels: the first so many (0: all); cls_cfg_scale: of the class
-    token (0: none)."""
-    def evaluate(net, state, y):
+    token (0: none). kept: two dictionaries, the model's and the guide's `kept` (see DiT)."""
+    ours, theirs = [{} if each is None else dict(kept=each) for each in kept]
+
+    def evaluate(net, state, y, keywords=ours):
         x, *cls = (s.float() for s in state)
-        out = net(x, torch.full((len(y),), t, device=y.device), y, *cls)
+        out = net(x, torch.full((len(y),), t, device=y.device), y, *cls, **keywords)
         return [v.to(s.dtype) for v, s in zip(out if isinstance(out, tuple) else [out], state)]
 
     low, high = cfg_interval
@@ -468,7 +541,7 @@ def guided(
         own, other = zip(*(v.chunk(2) for v in both))
     else:
         own = evaluate(model, state, y)
-        other = evaluate(guide, state, y)
+        other = evaluate(guide, state, y, theirs)
     v, *v_cls = own  # [B, C, S, S], maybe [B, cls_dim]
     v = v.clone()
     k = cfg_channels or v.shape[1]
@@ -478,26 +551,36 @@ def guided(
     return [v, *v_cls]
 
 
-def ode(model, noise, y, num_steps=250, timestep_shift=0.0, cls_noise=None, solver="euler", **guidance):
+def ode(
+        model, noise, y, num_steps=250, timestep_shift=0.0, cls_noise=None, solver="euler", train_shift=0,
+        reuse=1, **guidance):
     """Latents [B, C, S, S] of classes y [B] from noise along dx/dt = v(x, t, y), t at linspace(0, 1, num_steps), mapped
-    t -> s t / (1 + (s - 1) t) if s = timestep_shift > 0; REG's class token from cls_noise [B, D]. solver: "euler",
-    "heun" (two evaluations a step), "ab2" (Adams-Bashforth). guidance: of `guided`."""
+    by shift_times(t, timestep_shift, train_shift); REG's class token from cls_noise [B, D]. solver: "euler", "heun"
+    (two evaluations a step), "ab2" (Adams-Bashforth). reuse: so many evaluations in a row share what a model with a
+    head keeps (DDT, section 3.3). guidance: of `guided`."""
     if num_steps < 2 or solver not in ("euler", "heun", "ab2"):
         raise UserError(f"{solver=}, {num_steps=}: there are euler, heun and ab2, from 2 times")
     times = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    if timestep_shift > 0:
-        times = timestep_shift * times / (1 + (timestep_shift - 1) * times)
-    times = times.tolist()
+    times = shift_times(times, timestep_shift, train_shift, model).tolist()
+    kept = ({}, {}) if reuse > 1 else (None, None)
+    evaluations = itertools.count()
+
+    def velocity(state, t):
+        if reuse > 1 and next(evaluations) % reuse == 0:
+            for each in kept:
+                each.clear()
+        return guided(model, state, t, y, kept=kept, **guidance)
+
     state = [s for s in (noise, cls_noise) if s is not None]
     before = None  # the last step's
     h_before = None
     for t, after in zip(times, times[1:]):
         h = after - t
-        v = guided(model, state, t, y, **guidance)
+        v = velocity(state, t)
         slope = v
         if solver == "heun":
             ahead = [x + h * d for x, d in zip(state, v)]
-            slope = [(a + b) / 2 for a, b in zip(v, guided(model, ahead, after, y, **guidance))]
+            slope = [(a + b) / 2 for a, b in zip(v, velocity(ahead, after))]
         elif solver == "ab2" and before:
             slope = [a + (a - b) * (h / h_before / 2) for a, b in zip(v, before)]
         state = [x + h * d for x, d in zip(state, slope)]
@@ -546,6 +629,11 @@ class ImageNoise:
         return torch.stack(rows).to(like.device, non_blocking=True)
 
 
+def maps(statistics):
+    """Latents' mean or std [C] -> [C, 1, 1]; RAE's [C, h, w] as they are."""
+    return statistics.view(*statistics.shape, 1, 1) if statistics.ndim == 1 else statistics
+
+
 @dataclass
 class Sampling:
     """What `generate` reads."""
@@ -556,13 +644,16 @@ class Sampling:
     cfg_interval: tuple[float, ...] = (0.0, 1.0)
     cfg_channels: int = 0
     timestep_shift: float = 0.0
+    train_shift: int = 0
+    reuse: int = 1
     cls_cfg_scale: float = 0.0
 
 
 @torch.no_grad()
 def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, rows=16, negative=None):
-    """Images [B, 3, H, W] in [-1, 1] of classes y [B] or captions, by the latents' mean, std [C]. Image i is a function
-    of (cfg.seed, indices[i], y[i]), not its batch: `rows` at least are computed, as BLAS rounds otherwise for few."""
+    """Images [B, 3, H, W] in [-1, 1] of classes y [B] or captions, by the latents' mean, std [C] or [C, S, S]. Image i
+    is a function of (cfg.seed, indices[i], y[i]), not its batch: `rows` at least are computed, as BLAS rounds otherwise
+    for few."""
     device = world.device
     some = np.arange(max(rows, len(y))) % len(y)
     noise = ImageNoise(cfg.seed, np.asarray(indices)[some])
@@ -577,8 +668,9 @@ def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, ro
             z = sde(model, x, labels, cfg.num_steps, cls, noise, **shared)  # [B, C, S, S]
         else:
             shared["cfg_channels"] = cfg.cfg_channels
+            shared.update(train_shift=cfg.train_shift, reuse=cfg.reuse)
             z = ode(model, x, labels, cfg.num_steps, cfg.timestep_shift, cls, cfg.solver, **shared)
-    z = z * std.to(device).view(-1, 1, 1) + mean.to(device).view(-1, 1, 1)
+    z = z * maps(std.to(device)) + maps(mean.to(device))
     return tokenizer.decode(z[:max(16, len(y))]).float()[:len(y)]
 
 
@@ -586,11 +678,15 @@ def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, ro
 # Checkpoints, ours and official
 
 def turn_round(weights):
-    """REPA and REG learn v = noise - data from data (0) to noise (1). Ours is an exact change of weights: the outputs'
-    signs, and in the time embedding cos((1-t)f) = cos(f) cos(tf) + sin(f) sin(tf), likewise the sine."""
-    cos = FREQUENCIES.cos()
-    sin = FREQUENCIES.sin()
+    """REPA, REG and RAE learn v = noise - data from data (0) to noise (1). Ours is an exact change of weights: the
+    outputs' signs, and in the time embedding cos((1-t)f) = cos(f) cos(tf) + sin(f) sin(tf), likewise the sine."""
+    frequencies = FREQUENCIES
     a, b = weights["t_embedder.mlp.0.weight"].double().chunk(2, 1)  # cosines, sines
+    if "t_embedder.W" in weights:  # RAE's: sines, cosines
+        frequencies = 2 * math.pi * weights["t_embedder.W"].double()
+        b, a = a, b
+    cos = frequencies.cos()
+    sin = frequencies.sin()
     turned = {**weights, "t_embedder.mlp.0.weight": torch.cat((a * cos + b * sin, a * sin - b * cos), 1).to(a)}
     for key, value in weights.items():
         if key.startswith("final_layer.linear"):
@@ -601,7 +697,8 @@ def turn_round(weights):
 def official_arch(weights):
     """DiT arguments of an official state dict; heads, without QK norm, are the published models'."""
     shape = {key: tuple(value.shape) for key, value in weights.items()}
-    D, channels, p, _ = shape["x_embedder.proj.weight"]
+    head = "s_embedder.proj.weight" in shape  # RAE's DiT^DH
+    D, channels, p, _ = shape[f"{'s' if head else 'x'}_embedder.proj.weight"]
     sit = "blocks.0.mlp.fc1.weight" in shape
     arch = dict(
         hidden_size=D, in_channels=channels, patch_size=p, arch="sit" if sit else "lightningdit",
@@ -613,16 +710,25 @@ def official_arch(weights):
         num_heads={width: heads for _, width, heads in SIZES.values()}.get(D, D // 64))
     if arch["qk_norm"]:
         arch["num_heads"] = D // shape["blocks.0.attn.q_norm.weight"][0]
+    if head:
+        last = arch["depth"] - 1
+        arch["head_size"] = H = shape["x_embedder.proj.weight"][0]
+        widths = [shape[f"blocks.{i}.attn.proj.weight"][0] for i in range(last + 1)]
+        arch["head_depth"] = widths.count(H) if H != D else 2
+        arch["depth"] -= arch["head_depth"]
+        arch["fourier"] = shape.get("t_embedder.W", (0,))[0]
+        if arch["qk_norm"]:
+            arch["head_heads"] = H // shape[f"blocks.{last}.attn.q_norm.weight"][0]
     if "pos_embed" in shape:
         arch["input_size"] = p * math.isqrt(shape["pos_embed"][1])  # floor: maybe a class token
     return arch
 
 
 def load_diffusion(path, **overrides):
-    """A DiT with EMA weights, in eval mode on the CPU, of our checkpoint or an official LightningDiT, REPA or REG file
-    ({"ema": ...}, {"model": ...} or a bare state dict), in our time. `overrides`: what official files do not tell
-    (num_heads, encoder_depth, input_size). `model.about`: what else ours says (latent_mean, latent_std, tokenizer,
-    classes, step, config)."""
+    """A DiT with EMA weights, in eval mode on the CPU, of our checkpoint or an official LightningDiT, REPA, REG or RAE
+    file ({"ema": ...}, {"model": ...} or a bare state dict), in our time. `overrides`: what official files do not tell
+    (num_heads, head_heads, encoder_depth, input_size). `model.about`: what else ours says (latent_mean, latent_std,
+    tokenizer, classes, step, config)."""
     entries = load_weights(path)
     about = {}
     with reading(path):
@@ -636,12 +742,13 @@ def load_diffusion(path, **overrides):
             state = {}
             for key, value in entries.get("ema", entries.get("model", entries)).items():
                 key = re.sub(r"^((module|model|_orig_mod)\.)+", "", key)
-                if torch.is_tensor(value) and not key.startswith("feat_rope."):  # tables
+                key = re.sub(r"^t_embedder\.\w+$", "t_embedder.W", key)
+                if torch.is_tensor(value) and not re.match(r"\w*feat_rope\.", key):  # tables
                     state[key] = value
             if "x_embedder.proj.weight" not in state:
-                raise UserError(f"{path} is no LightningDiT, REPA or REG: it lacks x_embedder.proj.weight")
+                raise UserError(f"{path} is no LightningDiT, REPA, REG or RAE: it lacks x_embedder.proj.weight")
             arch = official_arch(state)
-            state = turn_round(state) if arch["arch"] == "sit" else state
+            state = turn_round(state) if arch["arch"] == "sit" or "head_depth" in arch else state
             state.pop("pos_embed", None)
         with torch.device("meta"):
             model = DiT(**{**arch, **overrides})
@@ -665,6 +772,8 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim, text=None):
         depth=depth, num_heads=cfg.num_heads or heads, num_classes=num_classes, arch=cfg.arch, qk_norm=cfg.qk_norm,
         cls_dim=vfm_dim if cfg.align == "reg" else 0, z_dim=vfm_dim, projector_dim=cfg.projector_dim,
         encoder_depth=cfg.encoder_depth)
+    if cfg.head_depth:
+        arch.update(head_depth=cfg.head_depth, head_size=cfg.head_size)
     if text:
         if not isinstance(text, ShapesText) and text.pooled_dim != text.dim:
             raise UserError(f"--text={cfg.text}: its pooled state is {text.pooled_dim} wide, its tokens {text.dim}")
@@ -739,7 +848,7 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
         dropped = torch.rand(len(x), device=world.device) < cfg.class_dropout
         labels = torch.where(dropped.view(-1, *[1] * (labels.ndim - 1)), model.null(len(x)).to(labels.dtype), labels)
         cls_noise = torch.randn_like(tokens[:, 0]) if model.cls_dim else None
-        t = draw_times(len(x), step, cfg, world.device)
+        t = draw_times(len(x), step, cfg, model)
         if cfg.fsdp:
             parallel.set_requires_gradient_sync(k == cfg.accumulate)
         elif parallel is not model:
@@ -772,7 +881,7 @@ def caption_states(text, ids):
 
 
 def normalise_rows(rows, mean, std, text=None):
-    """Cache rows -> dict(latents, labels: the DiT's y, tokens or None), float32, on mean's device; mean, std [C, 1, 1].
+    """Cache rows -> dict(latents, labels: the DiT's y, tokens or None), float32, on mean's device; mean, std: maps.
     """
     rows = {name: value.to(mean.device, non_blocking=True) for name, value in rows.items()}
     tokens = rows["features"].float() if "features" in rows else None  # [B, (1 +) N, D]
@@ -836,7 +945,7 @@ def train(cfg, world):
         latents.images = images
     some = np.linspace(0, len(held) - 1, min(cfg.val_images, len(held))).astype(int)
     val = cache_latents(folder / "val", tok, held, world, some, vfm=vfm, **shared)
-    mean, std = (values.view(-1, 1, 1).to(world.device) for values in (latents.mean, latents.std))
+    mean, std = (maps(values).to(world.device) for values in (latents.mean, latents.std))
     if text:
         latents.mirrored = False  # left would be right
         latents.labels = caption_ids(folder, text, images, latents.images_read, world)  # [n, L]
@@ -889,7 +998,7 @@ def train(cfg, world):
         else:
             y = torch.arange(columns).repeat(4)
             names = [classes[i] for i in y]
-        sampling = Sampling(seed=cfg.seed, solver="ab2", num_steps=20, cfg_scale=3.0)
+        sampling = Sampling(seed=cfg.seed, solver="ab2", num_steps=20, cfg_scale=3.0, train_shift=cfg.train_shift)
         pictures = generate(ema, tok, latents.mean, latents.std, range(len(y)), y, sampling, world)
         if world.rank == 0:
             save_grid(pictures, out / f"grids/{stem}-{step:07d}.png", columns, names)
@@ -971,8 +1080,8 @@ def vfm_tokens(vfm, images, grid):
 
 class Latents(Dataset):
     """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `images_read` [n] (their
-    indices), `labels` [n] (or captions' ids [n, L]), the latents' `mean`, `std` [C]. Items are the images `rows`. The
-    pixels of `images`, if set, come along."""
+    indices), `labels` [n] (or captions' ids [n, L]), the latents' `mean`, `std` [C] (RAE's [C, h, w]). Items are
+    the images `rows`. The pixels of `images`, if set, come along."""
     images = None
     mirrored = True  # half of the items
 
@@ -1074,7 +1183,8 @@ def cache_latents(
         done.flush()
     world.barrier()
     if world.rank == 0:
-        mean, std = latent_statistics(mapped(folder / "latents.npy", dtype))
+        by_position = isinstance(tokenizer.adapter, IdentityAdapter)
+        mean, std = latent_statistics(mapped(folder / "latents.npy", dtype), by_position)
         write_json(folder / "meta.json", dict(meta, complete=True, mean=mean.tolist(), std=std.tolist()))
     world.barrier()
     return Latents(folder, names, images.labels)
@@ -1114,17 +1224,21 @@ def open_cache(folder, wanted, indices):
     write_json(folder / "meta.json", dict(arrays=wanted, complete=False))
 
 
-def latent_statistics(latents):
-    """mean, std [C] of [n, C, h, w], of at most 20,000 rows (LightningDiT's 10,000 images, twice)."""
+def latent_statistics(latents, by_position=False):
+    """mean, std [C] of [n, C, h, w], or [C, h, w] (RAE's), of at most 20,000 rows (LightningDiT's 10,000 images,
+    twice)."""
+    def total(values):
+        return (values if by_position else values.mean((2, 3))).sum(0)
+
     mean = 0
     squares = 0
     count = min(len(latents), 20_000)
-    for rows in torch.linspace(0, len(latents) - 1, count).long().split(1000):
+    for rows in torch.linspace(0, len(latents) - 1, count).long().split(100 if by_position else 1000):
         z = latents[rows].double()
-        mean = mean + z.mean((2, 3)).sum(0) / count
-        squares = squares + z.square().mean((2, 3)).sum(0) / count
+        mean = mean + total(z) / count
+        squares = squares + total(z.square()) / count
     std = (squares - mean.square()).clamp(min=0).sqrt()
-    bad = torch.where(~((std > 0) & std.isfinite()))[0].tolist()
+    bad = torch.where(~((std > 0) & std.isfinite()))[0].unique().tolist()
     if bad:
         raise UserError(f"the latents' channels {bad} are constant or not finite")
     return mean, std

@@ -711,7 +711,8 @@ def toy_table(cfg, net, world):
         if saved:
             side = size // tok.downsample
             noise = torch.randn(len(samples), tok.z_dim, side, side, generator=torch.Generator().manual_seed(0))
-            latents = noise * saved["latent_std"].view(-1, 1, 1) + saved["latent_mean"].view(-1, 1, 1)
+            mean, std = (saved[key].view(tok.z_dim, -1) for key in ("latent_mean", "latent_std"))  # [C, 1 or h w]
+            latents = (noise.flatten(2) * std + mean).view_as(noise)
             judged = judge(latents, net, world, labels, real, transform=lambda _, z: to_uint8(tok.decode(z)))
             add("untrained", "untrained pipeline: decoded Gaussian latents", judged)
     return rows, geneval(samples, captions, val, net, world) if prompts and hasattr(net, "names") else None

@@ -8,6 +8,7 @@ Images from a diffusion checkpoint (solvers: diffusion.py), reconstructions of a
     python sample.py --reconstruct=FOLDER  # through the tokenizer
     python sample.py --bench=20  # time guided evaluations
 """
+import math
 import os
 import zipfile
 from dataclasses import dataclass, fields
@@ -34,7 +35,7 @@ class Config:
     out: str = "out"  # images go to OUT/samples
     ckpt: str = ""  # diffusion model; empty: OUT/diffusion.pt, of prompts OUT/diffusion-text.pt
     tokenizer: str = ""  # empty: what ckpt names
-    latent_stats: str = ""  # official ckpt: file of its latents' "mean", "std"
+    latent_stats: str = ""  # official ckpt: file of its latents' "mean", "std", or RAE's "mean", "var"
     num_heads: int = 0  # official ckpt; 0: the published model's
     n: int = 0  # images; 0: 50,000; toy 1,000; of --prompt 4 each
     classes: tuple[int, ...] = ()  # in turn; empty: all
@@ -50,6 +51,8 @@ class Config:
     cfg_interval: tuple[float, ...] = (0.125, 1.0)  # of its times (0: noise, 1: data)
     cfg_channels: int = 3  # on so many latent channels (0: all); not sde
     timestep_shift: float = 0.3  # s of t -> s t / (1 + (s - 1) t) (0: none); not sde
+    train_shift: int = 0  # or by diffusion.py's --train_shift, in its place: as the model was trained
+    reuse: Positive = 1  # evaluations that share the output of a head model's other blocks (DDT; 1: none); not sde
     cls_cfg_scale: float = 0.0  # guidance of REG's class token (0: none)
     guide: str = ""  # a weaker model: autoguidance
     # machine and output
@@ -87,11 +90,19 @@ def load_pipeline(cfg, world):
     stats = model.about
     if cfg.latent_stats:
         stats = {f"latent_{key}": value for key, value in load_weights(cfg.latent_stats).items()}
+        if "latent_var" in stats:  # RAE's
+            stats["latent_std"] = (stats["latent_var"] + 1e-5).sqrt()
+    if cfg.reuse > 1 and not model.head_depth:
+        raise UserError(f"--reuse={cfg.reuse}: {path} has no head (diffusion.py --head_depth)")
     if len(cfg.cfg_interval) != 2:
         raise UserError("--cfg_interval takes two times, LOW,HIGH")
     if "latent_std" not in stats or "latent_mean" not in stats:
         raise UserError(f"{cfg.latent_stats or path} lacks the latents' mean and std: --latent_stats=FILE")
     mean, std = (stats[key].float().flatten() for key in ("latent_mean", "latent_std"))
+    shape = model.in_channels, model.input_size, model.input_size
+    if len(mean) == len(std) == math.prod(shape):  # RAE's, by position
+        mean = mean.view(shape)
+        std = std.view(shape)
     for key in ("in_channels", "input_size", "num_classes", "cls_dim", "text_tokens"):
         if guide and getattr(guide, key) != getattr(model, key):
             raise UserError(f"--guide={cfg.guide} has another {key} than {path}")
@@ -109,6 +120,7 @@ def prepare(model, cfg, world):
     model.projectors = torch.nn.ModuleList()  # only for training
     model.to(world.device)
     if cfg.compile:
+        torch._dynamo.config.cache_size_limit = 64  # batch sizes x what is kept
         model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
     return model
 

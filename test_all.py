@@ -932,6 +932,41 @@ def test_vit_registers():
     assert_same_levels(with_registers, vit_features(timm, antialias=False), rtol=1e-5, atol=1e-6)
 
 
+def write_vit(folder, state, name="model.safetensors"):
+    write_safetensors(f"{folder}/{name}", {key: value.contiguous() for key, value in state.items()})
+    return f"{folder}/{name}"
+
+
+@torch.no_grad()
+def test_dinov3_golden():
+    """All tokens of DINOv3, class token and registers too, after the first block and the last norm, at three sizes;
+    published names lack "model."."""
+    g = golden("dinov3")
+    state = fill(g)
+    published = renamed(state, (r"^model\.", ""))
+    with tempfile.TemporaryDirectory() as folder:
+        vit = tokenizer.load_vfm(write_vit(folder, state), num_heads=2)
+        again = tokenizer.load_vfm(write_vit(folder, published, "published.safetensors"), num_heads=2)
+        lacking = {key: value for key, value in state.items() if "0.attention.q_proj.bias" not in key}
+        fails(lambda: tokenizer.load_vfm(write_vit(folder, lacking, "lacking.safetensors"), num_heads=2), "lacking")
+    assert (vit.patch_size, vit.embed_dim, vit.depth, vit.register_tokens.shape[1]) == (16, 64, 3, 4)
+    seen = {}
+    vit.blocks[0].register_forward_hook(lambda block, inputs, output: seen.update(block1=output))
+    vit.norm.register_forward_hook(lambda norm, inputs, output: seen.update(last=output))
+    for name, expect in g["expect"].items():
+        normalised = (image(2, 3, *expect["size"], name) - 0.5) / 0.25
+        x = (normalised - vit.input_shift) / vit.input_scale
+        levels = vit(x, layers=(1, -1), cls=True)
+        check(seen["block1"], expect["block1"])
+        check(seen["last"], expect["last"])
+        assert torch.equal(levels[1], torch.cat([seen["last"][:, :1], seen["last"][:, 5:]], 1))
+        assert_same_levels(again(x, layers=(1, -1), cls=True), levels)
+        with torch.autocast("cpu", torch.bfloat16):
+            low, = vit(x)
+        assert (low - levels[1][:, 1:]).norm() < 0.03 * low.norm()
+    assert tokenizer.vit_from(vit.config).load_state_dict(vit.state_dict())
+
+
 def test_vit_swiglu():
     """DINOv2-g's MLP under both its names: silu(first half) * second."""
     state = fill(golden("dinov2_tiny"))
@@ -955,7 +990,7 @@ def millions(*modules):
 def test_vfm_table():
     """The published models' sizes; parameter counts from their papers and model cards."""
     published = dict(dinov2_vits14=22.06, dinov2_vitb14=86.58, dinov2_vitl14=304.37, dinov2_vitg14=1136.48,
-                     mae_vitl16=303.3, dino_vits16=21.67)
+                     mae_vitl16=303.3, dino_vits16=21.67, dinov3_vits16=21.6, dinov3_vitb16=85.7, dinov3_vitl16=303.1)
     with torch.device("meta"):
         for name, count in published.items():
             found = millions(tokenizer.ViT(**tokenizer.VFMS[name][1]))
@@ -1142,6 +1177,97 @@ def test_other_autoencoders():
         fails(lambda: tokenizer.load_tokenizer(path), "diffusion")
 
 
+def rae_files(folder):
+    """A small decoder and its VFM, laid out as RAE's and DINOv3's -> (the decoder's path, load_tokenizer's overrides,
+    the decoder's weights)."""
+    shapes = {"decoder_embed.weight": [48, 64], "decoder_embed.bias": [48], "decoder_norm.weight": [48],
+              "decoder_norm.bias": [48], "decoder_pred.weight": [3 * 64, 48], "decoder_pred.bias": [3 * 64],
+              "trainable_cls_token": [1, 1, 48], "decoder_pos_embed": [1, 17, 48]}
+    linear = {"attention.attention.query": [48, 48], "attention.attention.key": [48, 48],
+              "attention.attention.value": [48, 48], "attention.output.dense": [48, 48],
+              "intermediate.dense": [80, 48], "output.dense": [48, 80]}
+    for i in range(2):
+        for name, shape in {**linear, "layernorm_before": [48], "layernorm_after": [48]}.items():
+            shapes[f"decoder_layers.{i}.{name}.weight"] = shape
+            shapes[f"decoder_layers.{i}.{name}.bias"] = shape[:1]
+    state = {key: tensor(key, shape) for key, shape in shapes.items()}
+    torch.save(state, f"{folder}/model.pt")
+    vfm = write_vit(folder, fill(golden("dinov3")))
+    return f"{folder}/model.pt", dict(vfm=vfm, num_heads=2, decoder_heads=3), state
+
+
+def mae_positions(grid, dim):
+    """MAE's sin-cos table [1 + grid^2, dim], in numpy: a class token's zeros, then columns before rows."""
+    rates = 1 / 10_000 ** (np.arange(dim // 4) / (dim / 4))
+    rows, columns = (each.flatten()[:, None] * rates for each in np.mgrid[:grid, :grid])
+    table = np.concatenate([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)], 1)
+    return torch.from_numpy(np.concatenate([np.zeros((1, dim)), table])).float()
+
+
+def mae_decoder(state, z, heads, patch):
+    """RAE's decoder written out, from its file's weights: latents [B, C, h, w] -> pixels in [0, 1]."""
+    def linear(name, x):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-12)
+
+    B, C, h, w = z.shape
+    x = linear("decoder_embed", z.reshape(B, C, h * w).transpose(1, 2))
+    x = torch.cat([state["trainable_cls_token"].repeat(B, 1, 1), x], 1)
+    x = x + mae_positions(h, x.shape[-1])
+    for i in range(2):
+        block = f"decoder_layers.{i}."
+        y = norm(f"{block}layernorm_before", x)
+        q, k, v = (linear(f"{block}attention.attention.{name}", y).view(B, -1, heads, 16).transpose(1, 2)
+                   for name in ("query", "key", "value"))
+        y = torch.softmax(q @ k.transpose(2, 3) / 16 ** 0.5, -1) @ v
+        x = x + linear(f"{block}attention.output.dense", y.transpose(1, 2).reshape(B, -1, heads * 16))
+        y = F.gelu(linear(f"{block}intermediate.dense", norm(f"{block}layernorm_after", x)))
+        x = x + linear(f"{block}output.dense", y)
+    x = linear("decoder_pred", norm("decoder_norm", x))[:, 1:]
+    x = torch.einsum("nhwpqc->nchpwq", x.view(B, h, w, patch, patch, 3)).reshape(B, 3, h * patch, w * patch)
+    return x * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+
+
+@torch.no_grad()
+def test_rae_file():
+    """RAE's published layout: latents are the VFM's last tokens, normalised without its affine, images those of the
+    decoder written out; images of half the size are decoded, larger ones refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, overrides, state = rae_files(folder)
+        tok = tokenizer.load_tokenizer(path, **overrides)
+        vit = tokenizer.load_vfm(overrides["vfm"], num_heads=2)
+        again = tokenizer.Tokenizer(**tok.arch)
+        again.load_state_dict(tok.state_dict())
+        torch.save({f"decoder.{key}": value for key, value in state.items()}, path)
+        prefixed = tokenizer.load_tokenizer(path, **overrides)
+        torch.save({key: value for key, value in state.items() if key != "decoder_layers.1.output.dense.bias"}, path)
+        fails(lambda: tokenizer.load_tokenizer(path, **overrides), path, "decoder.blocks.1.mlp.fc2.bias")
+        torch.save({**state, "decoder_embed.weight": torch.zeros(48, 32)}, path)
+        fails(lambda: tokenizer.load_tokenizer(path, **overrides), "32 channels", "VFM of 64")
+    assert (tok.resolution, tok.downsample, tok.z_dim, tok.scale_factor) == (32, 8, 64, 2.0)
+    torch.testing.assert_close(tok.decoder.pos_embed.flatten(0, 1), mae_positions(4, 48)[1:])
+    x = image(2, 3, 32, 32) * 2 - 1
+    mean, logvar = tok.encode(x)
+    vit.norm = nn.LayerNorm(64, 1e-6, elementwise_affine=False)
+    tokens, = vit(F.interpolate(x, (64, 64), mode="bilinear"))
+    torch.testing.assert_close(mean.flatten(2).mT, tokens, rtol=1e-4, atol=1e-4)
+    assert (logvar == -30).all()
+    decoded = tok.decode(mean)
+    torch.testing.assert_close(decoded / 2 + 0.5, mae_decoder(state, mean, 3, 8), rtol=1e-4, atol=1e-5)
+    for other in again, prefixed:
+        assert torch.equal(other.eval().decode(mean), decoded)
+    small = mean[:, :, :2, :2]
+    torch.testing.assert_close(tok.decode(small) / 2 + 0.5, mae_decoder(state, small, 3, 8), rtol=1e-4, atol=1e-5)
+    fails(lambda: tok.decode(torch.zeros(1, 64, 5, 4)), "at most 4")
+
+
+def test_rae_decoder_compiles_on_the_cpu():
+    """RAE's decoder with inductor."""
+    assert_compiled_alike(tokenizer.ViTDecoder(8, 4, 4, 1, 16, 2, 32), torch.randn(2, 8, 4, 4))
+
+
 def test_lpips_golden():
     """torchvision's VGG16 under the published linear layers gives the reference's distances."""
     g = golden("lpips_vgg")
@@ -1180,6 +1306,10 @@ def test_defaults_are_the_published_model():
 
 def test_defaults_of_every_method_are_built():
     """AlignTok's, VA-VAE's and the plain VAE's defaults: DINOv2-L, f16, 32 channels; LDM's decoder has its 42 M."""
+    with torch.device("meta"):
+        rae, _ = tokenizer.build_tokenizer(tokenizer.Config(method="rae"), pretrained=False)
+    assert (rae.downsample, rae.z_dim, rae.scale_factor) == (16, 768, 0.875)  # its decoder is "XL": ViT-MAE's sizes
+    assert abs(millions(rae.vfm) - 86.6) < 0.1 and abs(millions(rae.decoder) - 414.4) < 1
     for method in ("aligntok", "vavae", "vae"):
         with torch.device("meta"):
             tok, vfm = tokenizer.build_tokenizer(tokenizer.Config(method=method), pretrained=False)
@@ -1291,7 +1421,9 @@ def test_impossible_tokenizers_are_refused():
             (dict(downsample=32), "--widths"), (dict(method="aligntok", scale_factor=2.0), "2 times as fine"),
             (dict(downsample=4, widths=(16, 16, 8)), "0.5 times as fine"), (dict(level_dim=48), "heads"),
             (dict(layers=(-1, 2)), "--layers"), (dict(layers=(9, -1)), "layers"),
-            (dict(method="vae", groups=5), "widths"), (dict(image_size=36), "36 x 36")):
+            (dict(method="vae", groups=5), "widths"), (dict(image_size=36), "36 x 36"),
+            (dict(method="rae", vit_decoder=(1, 130, 3, 8)), "3 attention heads"),
+            (dict(method="rae", vit_decoder=(1, 128)), "num_heads"), (dict(method="rae", downsample=4), "0.5 times")):
         fails(lambda: tokenizer.build_tokenizer(tiny_config("unused", **overrides)), words)
     with tempfile.TemporaryDirectory() as folder:
         fails(lambda: tokenizer.train(tiny_config(folder, kimg=0.001), WORLD), "--kimg=0.001")
@@ -1479,6 +1611,32 @@ def test_generator_step_has_the_gradients_of_the_objective():
             assert (a is None) == (b is None), (method, stage.name, tuple(p.shape))
             if a is not None:
                 assert (a - b).norm() < 2e-5 * total, (method, stage.name, tuple(p.shape), (a - b).norm() / total)
+
+
+@with_tiny_vfm
+def test_decoder_noise():
+    """Of the latent that the decoder sees, and no other: each image's deviation is its own, uniform up to the column's;
+    gradients are still the objective's. Without it no random number is drawn."""
+    x = image(8, 3, 32, 32) * 2 - 1
+    labels = torch.zeros(8, dtype=torch.long)
+    row = dataclasses.replace(tokenizer.STAGES["toy"]["vavae"][0], kl=1.0)
+    trainer = tiny_trainer("vavae", recipe="toy")
+    trainer.tokenizer.decoder.forward = lambda z, scales: z
+    z = torch.randn(2000, 4, 8, 8)
+    trainer.start_stage(row)
+    state = torch.get_rng_state()
+    assert trainer.decode(z, 0)[0] is z and torch.equal(torch.get_rng_state(), state)
+    trainer.start_stage(dataclasses.replace(row, noise=0.8))
+    sigma = (trainer.decode(z, 0)[0] - z).std((1, 2, 3))
+    assert abs(sigma.mean() - 0.4) < 0.02 and abs(sigma.std() - 0.8 / 12 ** 0.5) < 0.02 and sigma.max() < 0.9
+    del trainer.tokenizer.decoder.forward
+    results = []
+    for step in (lambda: trainer.generator_step(x, labels, 0, 0), lambda: trainer.objective(x).backward()):
+        torch.manual_seed(5)
+        step()
+        grads = take_gradients(trainer.parameters)
+        results.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
+    assert (results[0] - results[1]).norm() < 2e-5 * results[1].norm()
 
 
 @with_tiny_vfm
@@ -1832,7 +1990,7 @@ def test_other_sizes():
         with tempfile.TemporaryDirectory() as folder:
             quiet(tokenizer.train, tiny_config(folder, method=method, recipe="toy", image_size=64, kimg=0.016), WORLD)
             tok = tokenizer.load_tokenizer(f"{folder}/tokenizer.pt")
-            assert tok.encode(torch.zeros(1, 3, 64, 96))[0].shape == (1, 4, 8, 12)
+            assert tok.encode(torch.zeros(1, 3, 64, 96))[0].shape == (1, 128 if method == "rae" else 4, 8, 12)
 
 
 def test_tokenizer_on_two_processes():
@@ -2072,7 +2230,8 @@ def test_spoiled_checkpoints():
                 (fill(golden("vfmvae_tiny")), functools.partial(load_vfmvae, g=golden("vfmvae_tiny"))),
                 (fill(golden("vavae_tiny")), tokenizer.load_tokenizer), (fill(golden("lightningdit_tiny")), official),
                 (fill(golden("reg_sit_tiny")), official),
-                (fill(golden("dinov2_tiny")), functools.partial(tokenizer.load_vfm, num_heads=4))):
+                (fill(golden("dinov2_tiny")), functools.partial(tokenizer.load_vfm, num_heads=4)),
+                (fill(golden("dinov3")), functools.partial(tokenizer.load_vfm, num_heads=2))):
             torch.save(dict(entries), path)
             load(path)
             failed = 0
@@ -2124,6 +2283,7 @@ def small_dit(arch="lightningdit", random=True, **arguments):
 
 
 REG = dict(arch="sit", cls_dim=24, z_dim=24, qk_norm=True)
+WIDE = dict(head_depth=2, head_size=64, head_heads=4)
 DIT_INPUT = torch.randn(3, 8, 4, 4), torch.rand(3), torch.tensor([1, 10, 2]), torch.randn(3, 24)
 
 
@@ -2134,7 +2294,7 @@ def inputs_of(model):
 
 def test_dit_starts_at_zero():
     """adaLN-zero: the velocities of a fresh model are 0."""
-    for arguments in ({}, dict(patch_size=2), REG):
+    for arguments in ({}, dict(patch_size=2), REG, WIDE):
         model = small_dit(random=False, **arguments)
         out = model(*inputs_of(model))
         for velocity in out[:2] if model.cls_dim else [out]:
@@ -2143,7 +2303,7 @@ def test_dit_starts_at_zero():
 
 def test_dit_learns_everywhere():
     """Every parameter receives a gradient."""
-    for arguments in ({}, dict(patch_size=2), REG):
+    for arguments in ({}, dict(patch_size=2), REG, WIDE, dict(head_depth=1, arch="sit")):
         model = small_dit(**arguments)
         out = model(*inputs_of(model))
         sum(part.square().sum() for part in (out if model.cls_dim else [out])).backward()
@@ -2155,7 +2315,7 @@ def test_dit_learns_everywhere():
 def test_dit_blocks_and_smaller_latents():
     """On smaller latents a DiT is the DiT of that size with the same weights: positions count from 0. blocks=True gives
     what its blocks give."""
-    for arguments in ({}, dict(patch_size=2), REG):
+    for arguments in ({}, dict(patch_size=2), REG, dict(depth=2, head_depth=1)):
         model = small_dit(input_size=8, **arguments).eval()
         small = small_dit(**arguments).eval()
         small.load_state_dict(model.state_dict())
@@ -2212,6 +2372,160 @@ def test_every_row_trains_in_bf16():
             assert (found[1][name] - value).abs() < 0.1 * value.abs() + 0.02, (method, stage.name, name, found)
 
 
+def plain_wide(state, x, t, y, depth, heads):
+    """DDT and DiT^DH written out for patch size 1, from the weights of `DiT` without its code -> v, the trunk's tokens.
+    heads: of trunk and head."""
+    def linear(name, x):
+        return x @ state[f"{name}.weight"].flatten(1).T + state[f"{name}.bias"]
+
+    def norm(name, x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[f"{name}.weight"]
+
+    def turned(x, side):  # pairs of channels, by row and then by column
+        d = x.shape[-1]
+        rates = 10_000 ** (-torch.arange(d // 4).double() * 4 / d)
+        grids = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        row, column = (each.flatten()[:, None] * rates for each in grids)
+        turn = torch.polar(torch.ones(side ** 2, d // 2).double(), torch.cat([row, column], 1))
+        return torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2).float()
+
+    def block(i, x, c, heads):
+        name = f"blocks.{i}"
+        m = linear(f"{name}.adaLN_modulation.1", F.silu(c)).chunk(6, -1)
+        qkv = linear(f"{name}.attn.qkv", norm(f"{name}.norm1", x) * (1 + m[1]) + m[0]).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv)
+        q = turned(q, side)
+        k = turned(k, side)
+        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
+        x = x + m[2] * linear(f"{name}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
+        a, b = linear(f"{name}.mlp.w12", norm(f"{name}.norm2", x) * (1 + m[4]) + m[3]).chunk(2, -1)
+        return x + m[5] * linear(f"{name}.mlp.w3", F.silu(a) * b)
+
+    side = x.shape[-1]
+    rates = torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    angles = t[:, None] * rates
+    waves = [angles.cos(), angles.sin()]
+    if "t_embedder.W" in state:  # RAE's file: sines before cosines
+        angles = 2 * math.pi * t[:, None] * state["t_embedder.W"]
+        waves = [angles.sin(), angles.cos()]
+    time = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat(waves, 1))))
+    tokens = x.flatten(2).mT
+    u = linear("s_embedder.proj", tokens)
+    u = u + mae_positions(side, u.shape[-1])[1:]
+    c = F.silu(time + state["y_embedder.embedding_table.weight"][y])[:, None]
+    for i in range(depth):
+        u = block(i, u, c, heads[0])
+    s = F.silu(time[:, None] + u)
+    if "s_projector.weight" in state:
+        s = linear("s_projector", s)
+    h = linear("x_embedder.proj", tokens)
+    for i in range(depth, 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))):
+        h = block(i, h, s, heads[1])
+    shift, scale = linear("final_layer.adaLN_modulation.1", F.silu(s)).chunk(2, -1)
+    v = linear("final_layer.linear", norm("final_layer.norm_final", h) * (1 + scale) + shift)
+    return v.mT.unflatten(2, (side, side)), u
+
+
+@torch.no_grad()
+def test_wide_head():
+    """A head as wide as the other blocks (DDT) or wider (RAE's DiT^DH) gives what is written out above; kept tokens are
+    the trunk's and stand in for it; REPA reads the trunk; what cannot be is refused."""
+    x, t, y = DIT_INPUT[:3]
+    for arguments, heads in (WIDE, (2, 4)), (dict(head_depth=1), (2, 2)):
+        model = small_dit(**arguments)
+        want, u = plain_wide(model.state_dict(), x, t, y, 3, heads)
+        kept = {}
+        assert want.std() > 0.1
+        torch.testing.assert_close(model(x, t, y, kept=kept), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(kept[3], u, rtol=1e-4, atol=1e-4)
+        states = model(x, t, y, blocks=True)
+        assert [state.shape[2] for state in states] == [32] * 3 + [len(model.final_layer.norm_final.weight)] * (
+            len(states) - 3)
+        torch.testing.assert_close(states[2], kept[3])
+        same = model(x, t, y, kept=kept)
+        assert torch.equal(same, model(x, t, y))
+        others = model(x, t, (y + 1) % 10, kept=kept)  # classes reach the trunk alone
+        assert torch.equal(others, same) and not torch.equal(model(x, t / 2, y, kept=kept), same)
+    _, _, projection = small_dit(**WIDE, z_dim=24)(x, t, y)
+    assert projection.shape == (3, 16, 24)
+    fails(lambda: small_dit(**REG, head_depth=1), "--head_depth")
+    fails(lambda: small_dit(head_depth=1, head_size=66), "head_size=66")
+    cfg = diffusion.Config(model="XL", head_depth=2, head_size=2048)
+    with torch.device("meta"):
+        model = diffusion.DiT(**diffusion.model_arch(cfg, 768, 16, 1000, 0))
+    assert model.blocks[-1].attn.num_heads == 16 and 830 < sum(p.numel() for p in model.parameters()) / 1e6 < 850
+
+
+def test_wide_head_compiles_whole():
+    """No graph break, also where tokens are kept; the same velocities."""
+    model = small_dit(**WIDE)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager", dynamic=False)
+    torch._dynamo.reset()
+    kept = {}
+    for _ in range(2):
+        torch.testing.assert_close(compiled(*DIT_INPUT[:3], kept=kept), model(*DIT_INPUT[:3]))
+    assert list(kept) == [3]
+
+
+@torch.no_grad()
+def test_rae_dit_file():
+    """A small DiT^DH in RAE's names, in its time (0 data, 1 noise) and with its Fourier features, gives ours turned
+    round; QK norm shows the heads."""
+    model = small_dit(**WIDE, fourier=16)
+    state = model.state_dict()
+    state["t_embedder.freqs"] = state["t_embedder.W"]
+    x, t, y = DIT_INPUT[:3]
+    want, _ = plain_wide(state, x, 1 - t, y, 3, (2, 4))
+    del state["t_embedder.W"]
+    state.update({"pos_embed": torch.zeros(1, 16, 32), "dec_feat_rope.freqs_cos": torch.zeros(3)})
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = saved(f"{folder}/stage2_model.pt", dict(ema=state))(num_heads=2, head_heads=4)
+        torch.testing.assert_close(loaded(x, t, y), -want, rtol=1e-4, atol=1e-4)
+        model = small_dit(**WIDE, qk_norm=True)
+        found = diffusion.official_arch({**model.state_dict(), "pos_embed": torch.zeros(1, 16, 32)})
+    expected = dict(WIDE, depth=3, num_heads=2, hidden_size=32, input_size=4, in_channels=8, fourier=0)
+    assert {key: found[key] for key in expected} == expected
+
+
+@torch.no_grad()
+def test_reuse():
+    """Every K-th evaluation is whole, from the first; between them Euler's and Heun's evaluations run the head alone on
+    what was kept, guided halves and the guide each on their own. K = 1 and a model without a head are as ever."""
+    model = small_dit(**WIDE)
+    guide = small_dit(head_depth=1)
+    torch.manual_seed(1)
+    x = torch.randn(2, 8, 4, 4)
+    y = torch.tensor([3, 1])
+    runs = []
+    for net in model, guide:
+        net.blocks[0].register_forward_hook(lambda block, inputs, output, net=net: runs.append((net, len(output))))
+    plain = diffusion.ode(model, x, y, 8)
+    assert torch.equal(plain, diffusion.ode(model, x, y, 8, reuse=1)) and len(runs) == 14
+    for solver, count in ("euler", 3), ("ab2", 3), ("heun", 5):
+        runs.clear()
+        z = diffusion.ode(model, x, y, 8, solver=solver, reuse=3, cfg_scale=2.0)
+        assert runs == [(model, 4)] * count, (solver, runs)
+        runs.clear()
+        z = diffusion.ode(model, x, y, 8, solver=solver, reuse=3, cfg_scale=2.0, guide=guide)
+        assert runs == [(model, 2), (guide, 2)] * count
+    runs.clear()
+    diffusion.ode(model, x, y, 9, reuse=4, cfg_scale=2.0, cfg_interval=(0.3, 1.0))  # 0, 1/8, 1/4 unguided
+    assert runs == [(model, 2), (model, 4), (model, 4)]
+
+    z = x
+    for step in range(7):
+        t = torch.full((4,), step / 7)
+        if step % 3 == 0:
+            kept = {}
+        both = torch.cat([y, torch.tensor([10, 10])])
+        own, other = model(torch.cat([z, z]), t, both, kept=kept).chunk(2)
+        z = z + (other + 2 * (own - other)) / 7
+    torch.testing.assert_close(diffusion.ode(model, x, y, 8, reuse=3, cfg_scale=2.0), z)
+    assert not torch.allclose(z, diffusion.ode(model, x, y, 8, cfg_scale=2.0), atol=1e-4)
+    bare = small_dit()
+    assert torch.equal(diffusion.ode(bare, x, y, 8, reuse=3), diffusion.ode(bare, x, y, 8))
+
+
 def test_dit_in_bf16():
     """Autocast changes a REG model's outputs by less than 3%."""
     model = small_dit(**REG)
@@ -2225,7 +2539,7 @@ def test_dit_in_bf16():
 def test_dit_flops():
     """The count of a forward pass is PyTorch's."""
     from torch.utils.flop_counter import FlopCounterMode
-    for arguments in ({}, dict(patch_size=2), REG):
+    for arguments in ({}, dict(patch_size=2), REG, WIDE):
         model = small_dit(**arguments)
         counter = FlopCounterMode(display=False)
         with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -2680,11 +2994,37 @@ def test_time_distributions():
     """Logit-normal(0, 1) times until `uniform_from`, uniform ones from it and with times=uniform."""
     torch.manual_seed(0)
     cfg = diffusion.Config(uniform_from=10)
-    logit = torch.logit(diffusion.draw_times(50_000, 9, cfg, "cpu"))
+    model = small_dit()
+    logit = torch.logit(diffusion.draw_times(50_000, 9, cfg, model))
     assert abs(logit.mean()) < 0.02 and abs(logit.std() - 1) < 0.02
     for step, config in (10, cfg), (0, diffusion.Config(times="uniform")):
-        t = diffusion.draw_times(50_000, step, config, "cpu")
+        t = diffusion.draw_times(50_000, step, config, model)
         assert abs(t.mean() - 0.5) < 0.005 and abs(t.std() - 12 ** -0.5) < 0.005
+
+
+@torch.no_grad()
+def test_times_shifted_by_dimension():
+    """RAE's shift, in training and sampling: of 1 - t by alpha = sqrt(numbers / base), in its time; latents of no more
+    numbers than the base keep their times, bit for bit, with or without the flag."""
+    model = small_dit()  # 8 x 4 x 4 = 128 numbers
+    drawn = []
+    for base in 0, 128, 1000, 32:
+        torch.manual_seed(0)
+        drawn.append(diffusion.draw_times(1000, 0, diffusion.Config(train_shift=base), model))
+    torch.manual_seed(0)
+    plain = torch.randn(1000).sigmoid()
+    for t in drawn[:3]:
+        assert torch.equal(t, plain)
+    noisy = 1 - plain  # alpha = 2
+    torch.testing.assert_close(1 - drawn[3], 2 * noisy / (1 + (2 - 1) * noisy))
+    x = torch.randn(2, 8, 4, 4)
+    y = torch.tensor([3, 1])
+    z = diffusion.ode(model, x, y, 6, train_shift=32)
+    assert torch.equal(z, diffusion.ode(model, x, y, 6, timestep_shift=0.5))
+    assert torch.equal(diffusion.ode(model, x, y, 6, train_shift=128), diffusion.ode(model, x, y, 6))
+    published = mock.Mock(in_channels=768, input_size=16)  # alpha = 6.93
+    t = diffusion.shift_times(torch.tensor(0.5), 0, 4096, published)
+    torch.testing.assert_close(t, torch.tensor(1 / (1 + 6.9282)))
 
 
 def test_losses_reach_what_they_should():
@@ -2700,6 +3040,50 @@ def test_losses_reach_what_they_should():
     assert grad.abs().sum() > 0
     (losses["velocity"] + losses["cls"]).sum().backward(inputs=list(model.parameters()))
     assert latents.grad is None and model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+@with_diffusion_folder
+def test_rae_latents_are_normalised_by_position(folder, cfg):
+    """RAE's latents, cached, trained on and sampled: mean and deviation of each position and channel of the cache are
+    0 and 1; generate undoes them; the published statistics' form is read."""
+    with mock.patch.object(tokenizer, "load_vfm", tiny_vfm):
+        tok, _ = tokenizer.build_tokenizer(tiny_config(folder, method="rae"))
+    path = f"{folder}/out/tokenizer.pt"
+    tokenizer.save_checkpoint(
+        path, kind="tokenizer", arch=tok.arch, model=tok.state_dict(), ema={}, stage=1, images=0, classes=[],
+        config=dataclasses.asdict(tiny_config(folder, method="rae")))
+    train_diffusion(cfg, steps=2, cache_dtype="fp32")
+    entries = load(f"{cfg.out}/diffusion.pt")
+    mean, std = entries["latent_mean"], entries["latent_std"]
+    assert mean.shape == std.shape == (128, 4, 4)
+    latents = diffusion.Latents(f"{cfg.out}/latents/train", ["latents"])
+    z = diffusion.normalise_rows(latents.read(torch.arange(48).repeat(2), torch.arange(96) // 48), mean, std)["latents"]
+    torch.testing.assert_close(z.mean(0), torch.zeros_like(mean), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones_like(mean), atol=1e-3, rtol=0)
+    model = diffusion.load_diffusion(f"{cfg.out}/diffusion.pt")
+    decoded = []
+    with mock.patch.object(tok, "decode", lambda z: decoded.append(z) or torch.zeros(len(z), 3, 32, 32)):
+        with mock.patch.object(diffusion, "ode", lambda *arguments, **keywords: z[:16]):
+            diffusion.generate(model, tok, mean, std, range(16), torch.zeros(16).long(), diffusion.Sampling(), WORLD)
+    raw = latents.read(torch.arange(16), torch.zeros(16).long())["latents"]
+    torch.testing.assert_close(decoded[0], raw.float(), rtol=1e-4, atol=1e-4)
+    plain = dict(sample.PRESETS["toy"], out=cfg.out, n=2, num_steps=3, compile=False)
+    write_samples(sample.Config(**plain))
+    assert len(sampled(cfg.out)) == 2
+    torch.save(dict(mean=mean, var=std.square() - 1e-5), f"{folder}/stat.pt")  # RAE's published form
+    found = sample.load_pipeline(sample.Config(**plain, latent_stats=f"{folder}/stat.pt"), WORLD)[3:]
+    torch.testing.assert_close(list(found), [mean, std])
+
+
+@with_diffusion_folder
+def test_wide_head_trains_and_samples(folder, cfg):
+    """diffusion.py --head_depth --head_size, with REPA; sample.py --reuse, which a model without a head refuses."""
+    train_diffusion(cfg, head_depth=1, head_size=64, align="repa", steps=2, train_shift=16)
+    plain = dict(sample.PRESETS["toy"], out=cfg.out, n=2, num_steps=5, compile=False, reuse=2)
+    write_samples(sample.Config(**plain))
+    assert len(sampled(cfg.out)) == 2 and load(f"{cfg.out}/diffusion.pt")["arch"]["head_size"] == 64
+    train_diffusion(cfg, out=f"{folder}/plain", tokenizer=f"{folder}/out/tokenizer.pt", steps=1)
+    fails(lambda: write_samples(sample.Config(**dict(plain, out=f"{folder}/plain"))), "--reuse=2", "--head_depth")
 
 
 @with_diffusion_folder
@@ -4388,6 +4772,8 @@ def test_joint_training_of_every_method():
                 assert math.isfinite(line["velocity"]) and ("repa" in line) == (side != "none") and "l1" in line
             arch = diffusion.load_diffusion(f"{folder}/joint-{side}/diffusion.pt").about["arch"]
             assert bool(arch["z_dim"]) == (side != "none")
+    with small_world(("rae",)) as folder:
+        fails(lambda: run_align(folder, *JOINT), "rae's encoder has nothing to train")
 
 
 STUDY = ("--study=1", "--study_methods=vae-8,vfmvae", "--study_seeds=2", "--study_kimg=0.128", "--study_steps=3",

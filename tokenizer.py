@@ -2,7 +2,7 @@
 Tokenizers on vision foundation models (VFMs): what all scripts share, and tokenizer training.
 
     python tokenizer.py  # toy: a VFM-VAE on drawn shapes, minutes on a laptop
-    python tokenizer.py --method=aligntok  # AlignTok's three stages; also vavae, vae
+    python tokenizer.py --method=aligntok  # AlignTok's three stages; also vavae, vae, rae
     python tokenizer.py --preset=imagenet  # the paper's, on data/imagenet/{train,val}
     torchrun --nproc_per_node=8 tokenizer.py  # the same on eight GPUs
     python tokenizer.py --bench=20  # time steps of every stage on random data
@@ -20,6 +20,7 @@ VFM-VAE (arXiv 2510.18457) for ImageNet:
 
 AlignTok (2509.25162): DINOv2-L, trained in its second stage -> PointwiseAdapter -> z -> LDM's decoder.
 VA-VAE (2501.01423) and the plain VAE (2112.10752): LDM's encoder and decoder.
+RAE (2510.11690): DINOv2-B's own tokens are the latents; a ViT decodes them.
 """
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ from tqdm import tqdm
 @dataclass
 class Config:
     preset: str = ""  # imagenet (given CUDA and data/imagenet/train) or toy
-    method: Literal["vfmvae", "aligntok", "vavae", "vae"] = "vfmvae"
+    method: Literal["vfmvae", "aligntok", "vavae", "vae", "rae"] = "vfmvae"
     recipe: Literal["paper", "toy", "study"] = "paper"  # rows of STAGES
     stage: int = 0  # this alone, from the one before's checkpoint; 0: all
     out: str = "out"  # checkpoints, logs, grids
@@ -97,16 +98,18 @@ class Config:
     scale_factor: float = 0.0  # images to the VFM are scaled by; 0: the method's
     layers: tuple[int, ...] = (0, 12, -1)  # VFM-VAE's: 0 the embedding, i block i's output, -1 the last
     level_dim: Positive = 64  # channels of each level
-    z_dim: Positive = 32  # latent channels C
+    z_dim: Positive = 32  # latent channels C; of rae the VFM's width
     downsample: Positive = 16  # f: image side / latent side
     # VFM-VAE's decoder
-    decoder: Literal["", "vfmvae", "ldm"] = ""  # empty: the method's
+    decoder: Literal["", "vfmvae", "ldm", "vit"] = ""  # empty: the method's
     post_factor: Positive = 16  # decompresses latent channels
     widths: tuple[int, ...] = (512, 512, 512, 512, 256, 128)  # of its blocks, each twice as fine
     fuse_dims: tuple[int, ...] = (512, 256, 128, 128)  # of the latent in its first blocks
     attention: tuple[int, ...] = (2, 2, 2)  # layers after its first blocks
     num_res_blocks: int = 2  # ConvNeXt layers: 1 + 3 x this in four blocks, then 1 + 2 x this
     w_dim: Positive = 512  # style width
+    # RAE's decoder
+    vit_decoder: tuple[int, ...] = (28, 1152, 16, 4096)  # blocks, width, heads, MLP
     # LDM's encoder and decoder
     ch: Positive = 128  # base channels
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # multiples, fine to coarse
@@ -136,9 +139,9 @@ PRESETS = dict(
     toy=dict(
         recipe="toy", data="shapes", image_size=32, crop=False, workers=0, vfm="toy", scale_factor=1.0,
         layers=(0, 2, -1), downsample=8, post_factor=4, widths=(128, 128, 64, 32), fuse_dims=(128, 64),
-        attention=(1, 1), num_res_blocks=0, w_dim=128, ch=32, ch_mult=(1, 1, 2, 4), ldm_blocks=1, ldm_attention=False,
-        groups=8, batch_size=16, cooldown=0.4, perceptual="toy", disc_vfm="toy", ndf=16, log_interval=20,
-        grid_interval=500, save_interval=1000))
+        attention=(1, 1), num_res_blocks=0, w_dim=128, vit_decoder=(4, 128, 4, 512), ch=32, ch_mult=(1, 1, 2, 4),
+        ldm_blocks=1, ldm_attention=False, groups=8, batch_size=16, cooldown=0.4, perceptual="toy", disc_vfm="toy",
+        ndf=16, log_interval=20, grid_interval=500, save_interval=1000))
 
 
 @dataclass
@@ -152,6 +155,7 @@ class Stage:
     betas: tuple = (0.0, 0.99)
     summed: bool = False  # l1, lpips, preserve: sums over C, H, W (LDM), not means
     sample: bool = True  # of the posterior, not its mean
+    noise: float = 0.0  # the decoder's latents get sigma n, sigma of each image from U(0, noise) (RAE, HAE)
     l1: float = 1.0
     lpips: float = 0.0
     ssim: float = 0.0
@@ -165,7 +169,7 @@ class Stage:
     patch: float = 0.0  # PatchGAN, hinge
     multi: float = 0.0  # three-scale PatchGAN, least squares
     matching: float = 0.0  # ... and its feature matching
-    gan_adaptive: bool = False  # LDM's adaptive weight
+    gan_adaptive: bool = False  # LDM's adaptive weight, of patch or dino
     gan_start_kimg: float = 0.0
     equivariance: bool = False  # VFM-VAE's regularisation
 
@@ -196,7 +200,10 @@ PAPER = dict(
         ldm("strong alignment", 128_100, BOTH, vf=0.5, kl=1e-6, gan_start_kimg=1_280),
         ldm("weak alignment", 19_200, BOTH, vf=0.1, kl=1e-6),
         ldm("margins", 19_200, BOTH, vf=0.1, kl=1e-6, vf_margins=(0.25, 0.5))],
-    vae=[ldm("reconstruction", 166_500, BOTH, kl=1e-6, gan_start_kimg=1_280)])
+    vae=[ldm("reconstruction", 166_500, BOTH, kl=1e-6, gan_start_kimg=1_280)],
+    # 16 epochs; its discriminator starts two epochs before its loss, its rates fall tenfold
+    rae=[fusion("decoder", 20_500, "decoder", lr=2e-4, betas=(0.9, 0.95), sample=False, noise=0.8, lpips=1.0, dino=0.75,
+                gan_adaptive=True, gan_start_kimg=10_250)])
 
 
 def short_rows(ldm, strong, weak):
@@ -221,6 +228,7 @@ TOY = dict(
         fusion("strong alignment", 13.6, BOTH, lr=2e-3, vf=1.0, kl=1e-6, lpips=0.1, multires=0.1, multires_kimg=3.4),
         fusion("weak alignment", 13.6, BOTH, lr=2e-3, vf=0.2, kl=1e-6, lpips=0.1),
         fusion("ssim", 0.8, "decoder", lr=1e-3, lpips=0.02, ssim=1.0)],
+    rae=[fusion("decoder", 28.0, "decoder", lr=2e-3, lpips=0.1, sample=False, noise=0.2)],
     **short_rows(ldm, 0.1, 0.02))
 
 # `align.py --study=1`: one optimizer, a learning rate at which all learn, no loss on a VFM but the methods' own, and
@@ -232,6 +240,7 @@ STUDY = dict(
         fusion("strong alignment", 13.6, BOTH, vf=1.0, kl=1e-6, multires=0.1, multires_kimg=3.4),
         fusion("weak alignment", 13.6, BOTH, vf=1.0, kl=1e-6),
         fusion("ssim", 0.8, "decoder", lr=3e-4, ssim=1.0)],
+    rae=[fusion("decoder", 28.0, "decoder", sample=False, noise=0.2)],
     **short_rows(ldm, 0.5, 0.1))
 
 STAGES = dict(paper=PAPER, toy=TOY, study=STUDY)
@@ -239,6 +248,12 @@ STAGES = dict(paper=PAPER, toy=TOY, study=STUDY)
 
 # --------------------------------------
 # The vision foundation model
+
+def rotate_halves(x, cos, sin):
+    """Rotary embedding of x [..., N, d]: its first half of channels turns against the second."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
 
 class ViTAttention(nn.Module):
     def __init__(self, dim, num_heads, causal=False):
@@ -248,9 +263,12 @@ class ViTAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):  # [B, N, D]
+    def forward(self, x, rope=None):  # [B, N, D]; DINOv3: (cosines, sines), each [N, d / 2]
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
+        if rope is not None:
+            q = rotate_halves(q, *rope).to(v.dtype)
+            k = rotate_halves(k, *rope).to(v.dtype)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [B, heads, N, d]
         return self.proj(x.transpose(1, 2).flatten(2))  # [B, N, D]
 
@@ -293,8 +311,8 @@ class ViTBlock(nn.Module):
         self.mlp = MLP(dim, hidden, activation)
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
-    def forward(self, x):  # [B, N, D]
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x, rope=None):  # [B, N, D]
+        x = x + self.ls1(self.attn(self.norm1(x), rope))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -305,16 +323,17 @@ NORMALIZATION = dict(  # mean and std of [0, 1]
 
 
 class ViT(nn.Module):
-    """The vision transformer of DINO, DINOv2 (with or without registers), SigLIP2, MAE, CLIP.
+    """The vision transformer of DINO, DINOv2 (with or without registers), DINOv3, SigLIP2, MAE, CLIP.
 
     vit(images [B, 3, H, W] in [-1, 1], layers=(0, 12, -1), cls=False) -> one [B, N, D] per layer: 0 the embedding, i
     block i's output, -1 the normalised last; patch tokens row-major, without registers (cls=True: behind the class
-    token). H, W: multiples of the patch size; positions are resized bicubically."""
+    token). H, W: multiples of the patch size; positions are resized bicubically. `rope`: DINOv3's base of
+    rotary angles, in place of a position table."""
 
     def __init__(
             self, image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_hidden=3072,
             activation="gelu", class_token=True, class_position=True, registers=0, layer_scale=False, pre_norm=False,
-            normalize="imagenet", interpolation="bilinear", antialias=False):
+            normalize="imagenet", interpolation="bilinear", antialias=False, rope=0.0, eps=1e-6):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.image_size = image_size
@@ -323,13 +342,13 @@ class ViT(nn.Module):
         self.depth = depth
         self.interpolation = interpolation
         self.antialias = antialias
-        self.class_position = class_token and class_position
+        self.rope = rope
+        self.class_position = class_token and class_position and not rope
         positions = (image_size // patch_size) ** 2 + self.class_position
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, embed_dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02) if class_token else None
         self.register_tokens = nn.Parameter(torch.randn(1, registers, embed_dim) * 0.02) if registers else None
-        self.pos_embed = nn.Parameter(torch.randn(1, positions, embed_dim) * 0.02)
-        eps = 1e-5 if pre_norm else 1e-6  # CLIP's
+        self.pos_embed = nn.Parameter(torch.randn(1, positions, embed_dim) * 0.02) if not rope else None
         self.pre_norm = nn.LayerNorm(embed_dim, eps) if pre_norm else nn.Identity()
         block = embed_dim, num_heads, mlp_hidden, activation, layer_scale, eps
         self.blocks = nn.ModuleList(ViTBlock(*block) for _ in range(depth))
@@ -360,11 +379,24 @@ class ViT(nn.Module):
         grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=self.antialias)
         return torch.cat([self.pos_embed[:, :-n], grid.flatten(2).mT], 1)
 
+    def rotary(self, h, w, extra):
+        """DINOv3's cosines, sines [extra + h w, d / 2] (arXiv 2508.10104, section 3.2): patch centres in [-1, 1], by
+        row in the first half of the angles, by column in the second; tokens before the patches do not turn."""
+        d = self.embed_dim // self.blocks[0].attn.num_heads
+        rates = 2 * math.pi / self.rope ** (torch.arange(d // 4, device=self.input_scale.device) * 4 / d)
+        y, x = (((2 * torch.arange(n, device=rates.device) + 1) / n - 1)[:, None] * rates for n in (h, w))
+        angles = torch.cat([y[:, None].expand(h, w, -1), x.expand(h, w, -1)], -1).flatten(0, 1)  # [h w, d / 2]
+        angles = F.pad(angles, (0, 0, extra, 0))
+        return angles.cos(), angles.sin()
+
     def forward(self, images, layers=(-1,), cls=False):
         x = images * self.input_scale + self.input_shift  # [B, 3, H, W]
-        positions = self.positions(x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        h = x.shape[2] // self.patch_size
+        w = x.shape[3] // self.patch_size
         x, level0 = self.embed(x)  # [B, N, D]
-        x = x + positions[:, self.class_position:]
+        if not self.rope:
+            positions = self.positions(h, w)
+            x = x + positions[:, self.class_position:]
         extra = 0  # tokens before the patches
         if self.cls_token is not None:
             first = self.cls_token + positions[:, :1] if self.class_position else self.cls_token
@@ -374,9 +406,10 @@ class ViT(nn.Module):
             x = torch.cat([first.expand(len(x), -1, -1), x], 1)  # [B, extra + N, D]
         x = self.pre_norm(x)
 
+        rope = self.rotary(h, w, extra) if self.rope else None
         states = {0: x}
         for i, block in enumerate(self.blocks[:self.depth if -1 in layers else max(layers)], 1):
-            x = block(x)
+            x = block(x, rope)
             states[i] = x
         if -1 in layers:
             states[-1] = self.norm(x)
@@ -411,6 +444,9 @@ def vfm_table():
         vit = dict(vit, image_size=518, patch_size=14, layer_scale=True, interpolation="bicubic")
         table[name] = f"{url}_pretrain.pth", vit
         table[f"{name}_reg"] = f"{url}_reg4_pretrain.pth", dict(vit, registers=4, antialias=True)
+    for letter, vit in dict(s=small, b=base, l=large).items():  # gated: fetched by hand, given as a file
+        url = HUB.format(f"facebook/dinov3-vit{letter}16-pretrain-lvd1689m")
+        table[f"dinov3_vit{letter}16"] = url, dict(vit, registers=4, layer_scale=True, rope=100.0, eps=1e-5)
     for word, vit, patch, sides in (
             ("base", base, 16, (224, 256, 384, 512)), ("large", large, 16, (256, 384, 512)),
             ("so400m", so400m, 14, (224, 384)), ("so400m", so400m, 16, (256, 384, 512))):
@@ -445,7 +481,7 @@ def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
         try:
             state = to_vit_keys(state.get("teacher", state.get("model", state)))
             config = {**vit_config(state), **config}
-        except (KeyError, AttributeError, ValueError) as error:
+        except (KeyError, AttributeError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{name} holds no known ViT: it lacks or misshapes {error}")
     vit = vit_from({**config, **overrides})
     if state is not None:
@@ -550,6 +586,14 @@ class PointwiseAdapter(nn.Module):
 
     def last_weight(self):
         return self.net[-1].weight
+
+
+class IdentityAdapter(nn.Module):
+    """RAE's: the VFM's last tokens are the latents, their LayerNorm without affine (arXiv 2510.11690, section 3)."""
+
+    def forward(self, features, grid):  # levels, each [B, N, C], the last not normalised; (h, w)
+        x = F.layer_norm(features[-1], features[-1].shape[-1:], eps=1e-6).mT.unflatten(2, grid)  # [B, C, h, w]
+        return torch.cat([x, torch.full_like(x, -30.0)], 1)  # [B, 2 C, h, w]
 
 
 # --------------------------------------
@@ -801,17 +845,74 @@ class VFMVAEDecoder(nn.Module):
 
 
 # --------------------------------------
+# RAE's decoder
+
+def grid_angles(grid, k):
+    """index / 10000^(i / k), i < k, of rows and of columns, each [grid, grid, k]."""
+    angle = torch.arange(grid, device="cpu")[:, None] / 10_000 ** (torch.arange(k, device="cpu").double() / k)
+    return angle[:, None].expand(grid, grid, k), angle.expand(grid, grid, k)
+
+
+def sincos_positions(grid, dim):
+    """[grid, grid, dim]: half by column, half by row; sines, cosines (MAE, DiT)."""
+    y, x = grid_angles(grid, dim // 4)
+    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), -1).float()
+
+
+class ViTDecoder(nn.Module):
+    """MAE's transformer (arXiv 2111.06377), a class token in front: latents [B, C, h, w], at most grid x grid, -> images
+    [B, 3, h f, w f] (`scales=True`: as a list of one)."""
+    granularity = 1
+
+    def __init__(self, z_dim, downsample, grid, depth, dim, num_heads, mlp_hidden):
+        super().__init__()
+        if dim % num_heads or dim % 4:
+            raise ValueError(f"{num_heads} attention heads and 4 do not both divide {dim} channels")
+        self.downsample = downsample
+        self.embed = nn.Linear(z_dim, dim)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.blocks = nn.ModuleList(ViTBlock(dim, num_heads, mlp_hidden, "gelu", eps=1e-12) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, 1e-12)
+        self.pred = nn.Linear(dim, 3 * downsample ** 2)
+        self.register_buffer("pos_embed", sincos_positions(grid, dim), persistent=False)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZATION["imagenet"])
+        self.register_buffer("output_scale", 2 * std, persistent=False)  # 2 (std x + mean) - 1
+        self.register_buffer("output_shift", 2 * mean - 1, persistent=False)
+
+    def body(self, z):
+        h, w = z.shape[2:]
+        x = self.embed(z.flatten(2).mT) + self.pos_embed[:h, :w].flatten(0, 1)  # [B, N, D]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # [B, 1 + N, D]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, 1:])  # [B, N, D]
+
+    def forward(self, z, scales=False):
+        if max(z.shape[2:]) > len(self.pos_embed):
+            raise UserError(f"the decoder takes latents of at most {len(self.pos_embed)} a side")
+        f = self.downsample
+        x = self.pred(self.body(z)).unflatten(2, (f, f, 3)).unflatten(1, z.shape[2:])  # [B, h, w, f, f, 3]
+        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # [B, 3, h f, w f]
+        x = x * self.output_scale + self.output_shift
+        return [x] if scales else x
+
+    def last_weight(self):
+        return self.pred.weight
+
+
+# --------------------------------------
 # The tokenizer
 
 class Tokenizer(nn.Module):
     """encode: images [B, 3, H, W] in [-1, 1] -> mean, logvar [B, C, H/f, W/f]; decode: latents -> images.
 
-    The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, else AlignTok's) or LDM's; modules' arguments
-    are dictionaries. Tokenizer(**tokenizer.arch) is the same model."""
+    The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, RAE's if `adapter_kind` is "identity", else
+    AlignTok's) or LDM's; modules' arguments are dictionaries. Tokenizer(**tokenizer.arch) is the same model."""
 
     def __init__(
             self, resolution=256, downsample=16, z_dim=32, vfm=None, layers=(0, 12, -1), scale_factor=2.0,
-            level_dims=None, adapter_hidden=0, encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0):
+            level_dims=None, adapter_hidden=0, encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0,
+            adapter_kind=""):
         super().__init__()
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.resolution = resolution
@@ -831,12 +932,18 @@ class Tokenizer(nn.Module):
             if level_dims:
                 in_dims = [self.vfm.level0_dim if i == 0 else dim for i in layers]
                 self.adapter = LevelAdapter(in_dims, level_dims, round(fold), z_dim)
+            elif adapter_kind == "identity":
+                if z_dim != dim:
+                    raise UserError(f"latents of {z_dim} channels are not the tokens of a VFM of {dim}")
+                self.adapter = IdentityAdapter()
             else:
                 self.adapter = PointwiseAdapter(dim, adapter_hidden or dim, z_dim)
         else:
             self.adapter = LDMEncoder(z_dim, **encoder)
         if decoder_kind == "vfmvae":
             self.decoder = VFMVAEDecoder(z_dim, downsample, **decoder)
+        elif decoder_kind == "vit":
+            self.decoder = ViTDecoder(z_dim, downsample, **decoder)
         else:
             self.decoder = LDMDecoder(z_dim, **decoder)
         self.vf_proj = pointwise(z_dim, vf_dim, bias=False) if vf_dim else None  # for the VF loss alone
@@ -872,17 +979,18 @@ class Tokenizer(nn.Module):
 
 def vfm_of(cfg):
     """(name, scale factor) of the method's VFM: the configured, or the paper's."""
-    name, scale = ("siglip2-large-patch16-512", 2.0) if cfg.method == "vfmvae" else ("dinov2_vitl14", 0.875)
+    own = dict(vfmvae=("siglip2-large-patch16-512", 2.0), rae=("dinov2_vitb14_reg", 0.875))
+    name, scale = own.get(cfg.method, ("dinov2_vitl14", 0.875))
     return cfg.vfm or name, cfg.scale_factor or scale
 
 
 def build_tokenizer(cfg, pretrained=True):
     """-> an untrained Tokenizer (its VFM pretrained), the VF loss's VFM if another."""
     name, scale = vfm_of(cfg)
-    on_vfm = cfg.method in ("vfmvae", "aligntok")
+    on_vfm = cfg.method in ("vfmvae", "aligntok", "rae")
     vf = any(stage.vf for stage in stages_of(cfg))
     vfm = load_vfm(name, cfg.cache, pretrained) if vf or on_vfm else None
-    kind = cfg.decoder or ("vfmvae" if cfg.method == "vfmvae" else "ldm")
+    kind = cfg.decoder or dict(vfmvae="vfmvae", rae="vit").get(cfg.method, "ldm")
     convs = dict(
         ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.ldm_blocks, groups=cfg.groups,
         attn_levels=(len(cfg.ch_mult) - 1,) if cfg.ldm_attention else ())
@@ -892,18 +1000,23 @@ def build_tokenizer(cfg, pretrained=True):
     if kind == "vfmvae":
         names = ("post_factor", "widths", "fuse_dims", "attention", "num_res_blocks", "w_dim")
         arch["decoder"] = {name: getattr(cfg, name) for name in names}
+    elif kind == "vit":
+        arch["decoder"] = dict(zip(("depth", "dim", "num_heads", "mlp_hidden"), cfg.vit_decoder))
+        arch["decoder"]["grid"] = cfg.image_size // cfg.downsample
     if on_vfm:
         arch.update(vfm=vfm.config, scale_factor=scale, layers=(-1,))
     else:
         arch.update(encoder=convs, scale_factor=1.0)
-    if cfg.method == "vfmvae":
+    if cfg.method == "rae":
+        arch.update(z_dim=vfm.embed_dim, layers=(vfm.depth,), adapter_kind="identity")
+    elif cfg.method == "vfmvae":
         arch.update(layers=cfg.layers, level_dims=(cfg.level_dim,) * len(cfg.layers))
         if cfg.layers[-1:] != (-1,):
             raise UserError("--layers must end with -1, which the VF loss reads")
     if (kind == "ldm" or not on_vfm) and 2 ** (len(cfg.ch_mult) - 1) != cfg.downsample:
         raise UserError(f"--ch_mult of {len(cfg.ch_mult)} levels does not downsample by {cfg.downsample}")
-    if min(0, *cfg.widths, *cfg.fuse_dims, *cfg.attention, *cfg.ch_mult) < 0:
-        raise UserError("--widths, --fuse_dims, --attention, --ch_mult must not be negative")
+    if min(0, *cfg.widths, *cfg.fuse_dims, *cfg.attention, *cfg.ch_mult, *cfg.vit_decoder) < 0:
+        raise UserError("--widths, --fuse_dims, --attention, --ch_mult, --vit_decoder must not be negative")
     try:
         tok = Tokenizer(**arch)
     except (ValueError, TypeError, ArithmeticError, IndexError) as error:  # groups, heads
@@ -981,7 +1094,8 @@ class Trainer:
         if self.gan and images_seen >= self.gan_start:
             gan, _ = self.adversarial_loss(outputs[-1], images)
             if stage.gan_adaptive:
-                gan = adaptive_weight(reconstruction, gan / stage.patch, tok.decoder.last_weight(), 1e4) * gan
+                plain = gan / (stage.patch or stage.dino)
+                gan = adaptive_weight(reconstruction, plain, tok.decoder.last_weight(), 1e4) * gan
             loss = loss + gan
         return loss
 
@@ -1088,7 +1202,11 @@ class Trainer:
         return mean, logvar, features
 
     def decode(self, z, images_seen):
-        """-> images, coarse to fine while the multi-resolution loss is on, else the finest."""
+        """-> images, coarse to fine while the multi-resolution loss is on, else the finest; of noised latents, if the
+        stage says so (RAE, arXiv 2510.11690, section 4: diffusion's latents are not quite the encoder's)."""
+        if self.stage.noise:
+            sigma = self.stage.noise * torch.rand(len(z), 1, 1, 1, device=z.device)
+            z = z + sigma * torch.randn_like(z)
         scales = images_seen < self.multires_end
         with self.world.autocast():
             outputs = self.tokenizer.decoder(z, scales=scales)
@@ -1184,7 +1302,7 @@ class Trainer:
             adv, = torch.autograd.grad(loss, leaves[-1])
             if stage.gan_adaptive:
                 ours = stand_in(outputs[-1], grads[-1])
-                theirs = stand_in(outputs[-1], adv / stage.patch)
+                theirs = stand_in(outputs[-1], adv / (stage.patch or stage.dino))
                 values["gan_weight"] = adaptive_weight(ours, theirs, tok.decoder.last_weight(), 1e4)
                 adv = adv * values["gan_weight"]
         losses, fixed, vf = self.latent_losses(images, labels, z, mean, logvar, features, whole)
@@ -1243,7 +1361,7 @@ def select_parameters(tok, trains):
     """Freezes the rest -> {name: parameters}."""
     tok.requires_grad_(False)
     decoder = tok.decoder
-    if isinstance(decoder, VFMVAEDecoder):
+    if hasattr(decoder, "blocks"):
         high = decoder.blocks[-3:]
     else:
         high = [*decoder.up[:3], decoder.norm_out, decoder.conv_out]
@@ -1831,25 +1949,29 @@ class GAN(nn.Module):
 # --------------------------------------
 # Official weight files
 
-VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, ViT-MAE, CLIP) and timm's names -> DINOv2's own, which are the ViT's
+VIT_KEYS = {  # Hugging Face's (SigLIP, DINOv2, DINOv3, ViT-MAE, CLIP) and timm's names -> DINOv2's own, the ViT's
     r"^(.*\.)?vision_model\.|^(module|backbone|vit|dinov2(_with_registers)?|model)\.": "",
-    r"^embeddings\.patch_embedding(s\.projection)?\.": "patch_embed.proj.",
+    r"^embeddings\.patch_embedding(s\.projection|s)?\.": "patch_embed.proj.",
     r"^embeddings\.position_embeddings?(\.weight)?$": "pos_embed",
     r"^embeddings\.(cls_token|register_tokens|mask_token)$": r"\1",
     r"^embeddings\.class_embedding$": "cls_token",
     r"^pre_layrnorm\.": "pre_norm.",
     r"^reg_token$": "register_tokens",
-    r"^encoder\.layers?\.": "blocks.",
+    r"^(encoder\.)?layers?\.": "blocks.",
     r"\.(layer_norm|layernorm_)(1|before)\.": ".norm1.",
     r"\.(layer_norm|layernorm_)(2|after)\.": ".norm2.",
-    r"\.(self_attn|attention\.attention)\.(q|k|v)(_proj|uery|ey|alue)\.": r".attn.\2.",
-    r"\.(self_attn\.out_proj|attention\.output\.dense)\.": ".attn.proj.",
-    r"\.(intermediate\.dense|mlp\.w12|mlp\.weights_in)\.": ".mlp.fc1.",
-    r"(?<!attention)\.(output\.dense|mlp\.w3|mlp\.weights_out)\.": ".mlp.fc2.",
+    r"\.(self_attn|attention|attention\.attention)\.(q|k|v)(_proj|uery|ey|alue)\.": r".attn.\2.",
+    r"\.(self_attn\.out_proj|attention\.o_proj|attention\.output\.dense)\.": ".attn.proj.",
+    r"\.(intermediate\.dense|mlp\.w12|mlp\.weights_in|mlp\.up_proj)\.": ".mlp.fc1.",
+    r"(?<!attention)\.(output\.dense|mlp\.w3|mlp\.weights_out|mlp\.down_proj)\.": ".mlp.fc2.",
     r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
     r"^(post_)?layernorm\.": "norm."}
 VIT_UNUSED = (r"mask_token|(head|decoder|text_model|attn_pool|fc_norm|pooler|last_layer|classifier)\b|logit_|"
               r"(visual|text)_projection|embeddings\.position_ids")
+
+RAE_KEYS = {  # its decoder's, after ViT-MAE's -> ours
+    r"^(decoder\.)?(decoder_|trainable_)?(layers|embed|norm|pred|cls_token|pos_embed)\b": r"\3",
+    **VIT_KEYS}
 
 VFMVAE_KEYS = {  # the released VFM-VAE's names -> ours
     r"^ldm_adapter\.patch_quants\.(\d+)\.0\.blocks\.0\.": r"adapter.levels.\1.",
@@ -1902,14 +2024,23 @@ def rename(state, table, unused):
 def to_vit_keys(state):
     """A public ViT's state dict in the names of `ViT`, q, k, v joined."""
     new = rename(state, VIT_KEYS, VIT_UNUSED)
-    for key in [key for key in new if ".attn.q." in key]:
-        parts = [new.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
-        new[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    new["pos_embed"] = new["pos_embed"].flatten(0, -2)[None]  # SigLIP's is [N, D]
+    if "pos_embed" in new or "register_tokens" not in new:
+        new["pos_embed"] = new["pos_embed"].flatten(0, -2)[None]  # SigLIP's is [N, D]
+    else:  # DINOv3: no bias on keys
+        for key in [key for key in new if key.endswith(".attn.q.bias")]:
+            new[key.replace(".attn.q.", ".attn.k.")] = torch.zeros_like(new[key])
     if "pre_norm.weight" in new:  # CLIP's
         new["cls_token"] = new["cls_token"].view(1, 1, -1)
         new["patch_embed.proj.bias"] = torch.zeros(len(new["patch_embed.proj.weight"]))
-    return new
+    return join_qkv(new)
+
+
+def join_qkv(state):
+    """attn.q, attn.k, attn.v -> attn.qkv, in place."""
+    for key in [key for key in state if ".attn.q." in key]:
+        parts = [state.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        state[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    return state
 
 
 def count_parts(state, prefix):
@@ -1919,24 +2050,26 @@ def count_parts(state, prefix):
 
 def vit_config(state):
     """The ViT arguments that a state dict shows, the rest as published."""
-    _, n, width = state["pos_embed"].shape
-    patch = state["patch_embed.proj.weight"].shape[-1]
+    width, _, _, patch = state["patch_embed.proj.weight"].shape
+    rope = "pos_embed" not in state  # DINOv3
+    n = (224 // patch) ** 2 if rope else state["pos_embed"].shape[1]
     hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
     cls = "cls_token" in state
     class_position = cls and math.isqrt(n) ** 2 != n
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    dinov2 = "blocks.0.ls1.gamma" in state
+    layer_scale = "blocks.0.ls1.gamma" in state  # DINOv2, DINOv3
     activation = "gelu" if cls else "gelu_tanh"
     if len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden:
         activation = "swiglu"
     config = dict(
         image_size=math.isqrt(n - class_position) * patch, patch_size=patch, embed_dim=width, mlp_hidden=hidden,
         depth=count_parts(state, "blocks."), num_heads=16 if width == 1152 else max(1, width // 64),
-        activation=activation, class_token=cls, class_position=class_position, registers=registers, layer_scale=dinov2,
-        normalize="imagenet" if cls else "half", interpolation="bicubic" if dinov2 else "bilinear",
-        antialias=registers > 0)
+        activation=activation, class_token=cls, class_position=class_position, registers=registers,
+        layer_scale=layer_scale, normalize="imagenet" if cls else "half",
+        interpolation="bicubic" if layer_scale and not rope else "bilinear", antialias=registers > 0,
+        rope=100.0 if rope else 0.0, eps=1e-5 if rope else 1e-6)
     if "pre_norm.weight" in state:
-        config.update(pre_norm=True, activation="gelu_quick", normalize="clip", interpolation="bicubic")
+        config.update(pre_norm=True, activation="gelu_quick", normalize="clip", interpolation="bicubic", eps=1e-5)
     return config
 
 
@@ -1998,10 +2131,28 @@ def from_ldm(state):
     return arch, new
 
 
+def from_rae(state, vfm, decoder_heads=0):
+    """RAE's decoder's state dict and the VFM whose tokens it decodes -> (arch, state dict in our names)."""
+    new = join_qkv(rename(state, RAE_KEYS, "mask_token"))
+    positions = new.pop("pos_embed", torch.zeros(1, 257, 1))  # fixed, a class token's first
+    dim, z_dim = new["embed.weight"].shape
+    f = math.isqrt(len(new["pred.weight"]) // 3)
+    decoder = dict(
+        grid=math.isqrt(positions.shape[1]), depth=count_parts(new, "blocks."), dim=dim,
+        num_heads=decoder_heads or (16 if dim == 1152 else max(1, dim // 64)),
+        mlp_hidden=len(new["blocks.0.mlp.fc1.weight"]))
+    arch = dict(
+        resolution=decoder["grid"] * f, downsample=f, z_dim=z_dim, vfm=vfm.config, layers=(vfm.depth,),
+        scale_factor=vfm.patch_size / f, adapter_kind="identity", decoder_kind="vit", decoder=decoder)
+    state = {f"vfm.{key}": value for key, value in vfm.state_dict().items()}
+    return arch, {**state, **{f"decoder.{key}": value for key, value in new.items()}}
+
+
 def load_tokenizer(path, **overrides):
-    """A frozen Tokenizer with averaged weights: ours, an official VFM-VAE's, or LDM's format (VA-VAE, SD-VAE, FLUX's).
-    What shapes do not show is as published, or overridden: num_heads (the VFM's), layers, scale_factor, resolution.
-    `about`: what else our checkpoints say."""
+    """A frozen Tokenizer with averaged weights: ours, an official VFM-VAE's, LDM's format (VA-VAE, SD-VAE, FLUX's), or
+    RAE's decoder with its encoder, the `vfm` of that name or file (dinov2_vitb14_reg).
+    What shapes do not show is as published, or overridden: num_heads (the VFM's), decoder_heads (RAE's), layers,
+    scale_factor, resolution. `about`: what else our checkpoints say."""
     entries = load_weights(path)
     with reading(path):
         if entries.get("kind", "tokenizer") != "tokenizer":
@@ -2015,8 +2166,12 @@ def load_tokenizer(path, **overrides):
             arch, state = from_vfmvae(state)
         elif "decoder.conv_in.weight" in state:
             arch, state = from_ldm(state)
+        elif any(key.endswith("decoder_embed.weight") for key in state):
+            heads = dict(num_heads=overrides.pop("num_heads")) if "num_heads" in overrides else {}
+            vfm = load_vfm(overrides.pop("vfm", "dinov2_vitb14_reg"), **heads)
+            arch, state = from_rae(state, vfm, overrides.pop("decoder_heads", 0))
         else:
-            raise UserError(f"{path} is no tokenizer: it has neither VFM-VAE's keys (ldm_adapter.*) nor LDM's")
+            raise UserError(f"{path} is no tokenizer: it has not VFM-VAE's keys (ldm_adapter.*), LDM's or RAE's")
         if "num_heads" in overrides and arch.get("vfm"):
             arch["vfm"]["num_heads"] = overrides.pop("num_heads")
         tok = Tokenizer(**{**arch, **overrides})
