@@ -3056,7 +3056,8 @@ def test_rae_latents_are_normalised_by_position(folder, cfg):
     entries = load(f"{cfg.out}/diffusion.pt")
     mean, std = entries["latent_mean"], entries["latent_std"]
     assert mean.shape == std.shape == (128, 4, 4)
-    latents = diffusion.Latents(f"{cfg.out}/latents/train", ["latents"])
+    labels = Shapes("train").labels
+    latents = diffusion.Latents(f"{cfg.out}/latents/train", ["latents"], labels)
     z = diffusion.normalise_rows(latents.read(torch.arange(48).repeat(2), torch.arange(96) // 48), mean, std)["latents"]
     torch.testing.assert_close(z.mean(0), torch.zeros_like(mean), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.std(0, correction=0), torch.ones_like(mean), atol=1e-3, rtol=0)

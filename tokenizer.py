@@ -860,8 +860,8 @@ def sincos_positions(grid, dim):
 
 
 class ViTDecoder(nn.Module):
-    """MAE's transformer (arXiv 2111.06377), a class token in front: latents [B, C, h, w], at most grid x grid, -> images
-    [B, 3, h f, w f] (`scales=True`: as a list of one)."""
+    """MAE's transformer (arXiv 2111.06377), a class token in front: latents [B, C, h, w], at most grid x grid, ->
+    images [B, 3, h f, w f] (`scales=True`: as a list of one)."""
     granularity = 1
 
     def __init__(self, z_dim, downsample, grid, depth, dim, num_heads, mlp_hidden):
