@@ -230,7 +230,8 @@ def pooled_features(subjects, vfms, images):
         z = tok.moments(tok.features(images), side, side).float().chunk(2, 1)[0]  # [B, C, h, w]
         yield (subject.name, "latents"), z.mean((2, 3))
         for name, dit in subject.networks.items():
-            mean, std = (maps(dit.about[key]).to(z) for key in ("latent_mean", "latent_std"))
+            statistics = (maps(dit.about[key]).to(z) for key in ("latent_mean", "latent_std"))
+            mean, std = (F.adaptive_avg_pool2d(value, z.shape[2:]) for value in statistics)  # RAE's: [C, S, S]
             cls = None
             if dit.cls_dim:
                 cls = tokens(dit.about["config"]["align_vfm"], z.shape[-1] // dit.patch_size)[:, 0]  # [B, D]

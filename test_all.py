@@ -3072,6 +3072,11 @@ def test_rae_latents_are_normalised_by_position(folder, cfg):
     write_samples(sample.Config(**plain))
     assert len(sampled(cfg.out)) == 2
     torch.save(dict(mean=mean, var=std.square() - 1e-5), f"{folder}/stat.pt")  # RAE's published form
+    with mock.patch.object(align, "load_vfm", tiny_vfm), torch.no_grad():  # aligned at other sizes, too
+        subjects, vfms = align.load_subjects([f"{cfg.out}/diffusion.pt"], WORLD)
+        for side in 32, 24:
+            features = dict(align.pooled_features(subjects, vfms, torch.randn(2, 3, side, side)))
+            assert features[f"{cfg.out}/diffusion.pt", "block 2"].isfinite().all()
     found = sample.load_pipeline(sample.Config(**plain, latent_stats=f"{folder}/stat.pt"), WORLD)[3:]
     torch.testing.assert_close(list(found), [mean, std])
 
