@@ -69,6 +69,7 @@ class Config:
     download: bool = False  # if need be
     skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: int = 0  # pixels; 0: the tokenizer's
+    flip: bool = True  # encode mirror images, too: half of the items; never with text, where left would be right
     latents: str = ""  # their cache; empty: OUT/latents
     cache_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     cache_features: bool = True  # with --align: cache the VFM's tokens, or run it each step
@@ -125,7 +126,7 @@ class Config:
 PRESETS = dict(
     imagenet={},
     toy=dict(
-        data="shapes", model="toy", align_vfm="toy", encoder_depth=2, projector_dim=256, steps=3_000, batch_size=64,
+        data="shapes", flip=False, model="toy", align_vfm="toy", encoder_depth=2, projector_dim=256, steps=3_000, batch_size=64,
         lr=2e-3, warmup=100, cooldown=0.5, ema=0.995, encode_batch=100, val_images=2_000, workers=0, log_interval=50,
         val_interval=500, sample_interval=500, save_interval=500),
     reg=dict(  # features: a terabyte
@@ -940,14 +941,15 @@ def train(cfg, world):
     folder = Path(cfg.latents or out / "latents")
     shared = dict(dtype=cfg.cache_dtype, grid=grid, batch=cfg.encode_batch, workers=cfg.workers)
     live = vfm and not cfg.cache_features
-    latents = cache_latents(folder / "train", tok, images, world, vfm=None if live else vfm, **shared)
+    flip = cfg.flip and not text
+    cache = folder / ("train-flip" if flip else "train")
+    latents = cache_latents(cache, tok, images, world, vfm=None if live else vfm, flip=flip, **shared)
     if live:
         latents.images = images
     some = np.linspace(0, len(held) - 1, min(cfg.val_images, len(held))).astype(int)
     val = cache_latents(folder / "val", tok, held, world, some, vfm=vfm, **shared)
     mean, std = (maps(values).to(world.device) for values in (latents.mean, latents.std))
     if text:
-        latents.mirrored = False  # left would be right
         latents.labels = caption_ids(folder, text, images, latents.images_read, world)  # [n, L]
         val.labels = caption_ids(folder, text, held, val.images_read, world)
         latents.rows = torch.from_numpy(np.flatnonzero(images.in_text_training()[latents.images_read]))
@@ -1066,7 +1068,7 @@ def bench(cfg, world):
 
 
 # --------------------------------------
-# The latent cache: memory-mapped; row 2 i is image i, 2 i + 1 its mirror image
+# The latent cache: memory-mapped; row i is image i; with mirror images 2 i, and 2 i + 1 mirrored
 
 DTYPES = dict(  # NumPy has no bfloat16: its bits
     bf16=(torch.bfloat16, np.uint16), fp16=(torch.float16, np.float16), fp32=(torch.float32, np.float32))
@@ -1079,11 +1081,10 @@ def vfm_tokens(vfm, images, grid):
 
 
 class Latents(Dataset):
-    """A finished cache, for `step_batches`: `arrays` [2 n, ...] (latents, maybe features), `images_read` [n] (their
-    indices), `labels` [n] (or captions' ids [n, L]), the latents' `mean`, `std` [C] (RAE's [C, h, w]). Items are
-    the images `rows`. The pixels of `images`, if set, come along."""
+    """A finished cache, for `step_batches`: `arrays` [n or, with mirror images, 2 n, ...] (latents, maybe features),
+    `images_read` [n] (their indices), `labels` [n] (or captions' ids [n, L]), the latents' `mean`, `std` [C] (RAE's
+    [C, h, w]). Items are the images `rows`. The pixels of `images`, if set, come along."""
     images = None
-    mirrored = True  # half of the items
 
     def __init__(self, folder, names, labels):
         folder = Path(folder)
@@ -1096,21 +1097,23 @@ class Latents(Dataset):
         self.arrays = {}
         for name in names:
             self.arrays[name] = mapped(folder / f"{name}.npy", self.meta["arrays"][name]["dtype"])
+        self.copies = len(self.arrays["latents"]) // len(self.labels)
 
     def __len__(self):
         return len(self.rows)
 
     def read(self, index, mirror):
         """{name: rows, "labels"} of images `index` [B], mirrored where `mirror` is 1."""
-        rows = {name: array.index_select(0, 2 * index + mirror) for name, array in self.arrays.items()}
+        rows = {name: array.index_select(0, self.copies * index + mirror) for name, array in self.arrays.items()}
         return dict(rows, labels=self.labels[index])
 
     def __getitems__(self, items):  # mirrored as by Images(flip=True)
         index = self.rows[[item for item, _ in items]]
-        mirror = [int(self.mirrored and np.random.default_rng(key).uniform() < 0.5) for _, key in items]
+        flip = self.copies == 2
+        mirror = [int(flip and np.random.default_rng(key).uniform() < 0.5) for _, key in items]
         rows = self.read(index, torch.tensor(mirror))
         if self.images is not None:
-            keys = [key if self.mirrored else None for _, key in items]
+            keys = [key if flip else None for _, key in items]
             rows["pictures"] = torch.stack([self.images[item][0] for item in zip(index.tolist(), keys)])
         return rows
 
@@ -1135,9 +1138,10 @@ def mapped(path, dtype=None):
 
 
 def cache_latents(
-        folder, tokenizer, images, world, indices=None, dtype="bf16", vfm=None, grid=None, batch=100, workers=0):
-    """The Latents of `images` (at `indices`) in `folder`, encoded unless there; with `vfm` its grid x grid tokens, too
-    ("features"). By meta.json, those of another tokenizer, VFM, data set or precision are made anew; done.npy flags the
+        folder, tokenizer, images, world, indices=None, dtype="bf16", vfm=None, grid=None, batch=100, workers=0,
+        flip=False):
+    """The Latents of `images` (at `indices`; with `flip` mirrored, too) in `folder`, encoded unless there; with `vfm`
+    its grid x grid tokens, too ("features"). By meta.json, those of another tokenizer, VFM, data set or precision are made anew; done.npy flags the
     images on disk: after a kill the rest is encoded."""
     folder = Path(folder)
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
@@ -1145,7 +1149,7 @@ def cache_latents(
     if world.rank == 0:
         origin = fingerprint(tokenizer, *describe_images(images, indices))
         side = images.size // tokenizer.downsample
-        shape = [2 * len(indices), tokenizer.z_dim, side, side]
+        shape = [(1 + flip) * len(indices), tokenizer.z_dim, side, side]
         wanted = dict(latents=dict(shape=shape, dtype=dtype, of=origin))
         if vfm:
             shape = [shape[0], (vfm.cls_token is not None) + grid ** 2, vfm.embed_dim]
@@ -1167,15 +1171,16 @@ def cache_latents(
     loader = make_loader(numbered, [indices[part].tolist() for part in parts], world, workers)
     for (pixels, read), part in zip(tqdm(loader, f"latents {folder.name}", disable=world.rank > 0), parts):
         x = to_float(pixels.to(world.device))
-        x = torch.cat((x, x.flip(-1)))  # [2 b, 3, S, S]
+        if flip:
+            x = torch.stack((x, x.flip(-1)), 1).flatten(0, 1)  # [2 b, 3, S, S]
         with torch.inference_mode():
             values = dict(latents=tokenizer.encode(x)[0])  # in float32
             if vfm:
                 with world.autocast():
                     values["features"] = vfm_tokens(vfm, x, grid)
         for name, array in arrays.items():
-            rows = torch.from_numpy(array).view(DTYPES[dtype][0])
-            rows[2 * part], rows[2 * part + 1] = values[name].to("cpu", rows.dtype).chunk(2)
+            rows = torch.from_numpy(array).view(DTYPES[dtype][0]).unflatten(0, (-1, 1 + flip))
+            rows[part] = values[name].to("cpu", rows.dtype).unflatten(0, (-1, 1 + flip))
             array.flush()
         images_read[part] = read
         images_read.flush()

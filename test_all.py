@@ -2690,7 +2690,7 @@ def diffusion_folder(folder):
     tiny_tokenizer(f"{folder}/out/tokenizer.pt")
     tiny = dict(out=f"{folder}/out", cache=SHARED, data=f"{folder}/data", depth=2, hidden_size=32, num_heads=2,
                 batch_size=16, encode_batch=16, steps=6, warmup=2, val_interval=3, log_interval=1, sample_interval=0,
-                save_interval=3, compile=False, projector_dim=16, encoder_depth=1)
+                save_interval=3, compile=False, projector_dim=16, encoder_depth=1, flip=True)
     return diffusion.Config(**{**diffusion.PRESETS["toy"], **tiny})
 
 
@@ -2725,7 +2725,7 @@ class Cache:
 
     def make(self, **keywords):
         """-> the latents, the sizes of the batches that were encoded for them."""
-        keywords = dict(dict(dtype="fp32", batch=20), **keywords)
+        keywords = dict(dict(dtype="fp32", batch=20, flip=True), **keywords)
 
         def call():
             nonlocal latents
@@ -2750,6 +2750,11 @@ def test_latent_cache_holds_both_images(folder, cfg):
                     labels=torch.from_numpy(cache.images.labels))
         for name, value in want.items():
             torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-4)
+    cache.folder = cache.folder / "upright"
+    upright, _ = cache.make(flip=False)
+    assert len(upright.arrays["latents"]) == 48
+    for name, value in upright.read(torch.arange(48), 0).items():
+        torch.testing.assert_close(value, latents.read(torch.arange(48), 0)[name], atol=1e-5, rtol=1e-4)
     everything = latents.arrays["latents"].double()
     std = everything.std((0, 2, 3), unbiased=False)
     torch.testing.assert_close(latents.mean.double(), everything.mean((0, 2, 3)), atol=1e-6, rtol=1e-5)
@@ -2916,7 +2921,7 @@ def test_alignment_features_cached_or_not(folder, cfg):
         train_diffusion(cfg, align="repa", cache_dtype="fp32", cache_features=cached, out=out, steps=3,
                         tokenizer=f"{folder}/out/tokenizer.pt")
         logs.append(log_lines(out))
-        assert Path(out, "latents", "train", "features.npy").exists() == cached
+        assert Path(out, "latents", "train-flip", "features.npy").exists() == cached
     for a, b in zip(*logs):
         assert a["repa"] != 0
         assert abs(a["repa"] - b["repa"]) < 1e-4 and abs(a["velocity"] - b["velocity"]) < 1e-4
@@ -3057,7 +3062,7 @@ def test_rae_latents_are_normalised_by_position(folder, cfg):
     mean, std = entries["latent_mean"], entries["latent_std"]
     assert mean.shape == std.shape == (128, 4, 4)
     labels = Shapes("train").labels
-    latents = diffusion.Latents(f"{cfg.out}/latents/train", ["latents"], labels)
+    latents = diffusion.Latents(f"{cfg.out}/latents/train-flip", ["latents"], labels)
     z = diffusion.normalise_rows(latents.read(torch.arange(48).repeat(2), torch.arange(96) // 48), mean, std)["latents"]
     torch.testing.assert_close(z.mean(0), torch.zeros_like(mean), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.std(0, correction=0), torch.ones_like(mean), atol=1e-3, rtol=0)
@@ -3508,7 +3513,7 @@ def test_captions_of_what_was_read(folder, cfg):
     assert read[3] == 4 and read[20] == 21 and (read == np.arange(400)).sum() == 398
     assert (ids[3] == ids[4]).all() and (ids[20] == ids[21]).all() and (ids[2] != ids[3]).any()
     latents = np.load(Path(cfg.out, "latents", "train", "latents.npy"))
-    assert (latents[40] == latents[42]).all() and (latents[38] != latents[40]).any()
+    assert (latents[20] == latents[21]).all() and (latents[19] != latents[20]).any()
     assert Path(cfg.out, "bad_images.txt").read_text().count("\n") == 2
 
 
