@@ -45,9 +45,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_optimizer_state_dict)
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
@@ -804,6 +801,7 @@ def build(cfg, world, arch, saved=None):
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
     parallel = model
     if cfg.fsdp:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: it takes seconds
         policy = MixedPrecisionPolicy(torch.bfloat16 if cuda else None, torch.float32, cast_forward_inputs=False)
         for part in (*model.blocks, model, *ema.blocks, ema):
             fully_shard(part, mp_policy=policy, reshard_after_forward=True)
@@ -812,17 +810,19 @@ def build(cfg, world, arch, saved=None):
         parallel = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=0, fused=True)
     if saved:
-        options = StateDictOptions(full_state_dict=True)
+        from torch.distributed.checkpoint import state_dict
+        options = state_dict.StateDictOptions(full_state_dict=True)
         with reading(saved.path):
-            set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+            state_dict.set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
     return model, parallel, ema, optimizer
 
 
 def full_state(model, ema, optimizer):
     """CPU state dicts; if sharded, on rank 0 alone."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    return dict(model=weights, ema=get_model_state_dict(ema, options=options), optimizer=moments)
+    from torch.distributed.checkpoint import state_dict
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = state_dict.get_state_dict(model, optimizer, options=options)
+    return dict(model=weights, ema=state_dict.get_model_state_dict(ema, options=options), optimizer=moments)
 
 
 def update_ema(ema, model, decay, skipped):

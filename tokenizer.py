@@ -66,7 +66,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -1760,7 +1759,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, weights=""):
         super().__init__()
-        vgg = torchvision.models.vgg
+        from torchvision.models import vgg  # here: it takes seconds, and the toy does without
         self.features = vgg.make_layers(vgg.cfgs["D"])[:30]
         self.lins = nn.ParameterList(torch.rand(1, width, 1, 1) for width in self.TAPS.values())
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
@@ -2504,10 +2503,12 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+
+
 def list_images(folder):
     """The image files under a folder, sorted; nothing hidden."""
-    suffixes = torchvision.datasets.folder.IMG_EXTENSIONS
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     paths = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if not paths:
         raise UserError(f"no images in {folder}, or no such folder")
@@ -2550,7 +2551,7 @@ def index_shards(paths, captions, cache):
                             key = os.path.dirname(member.name), stem
                             row = samples.setdefault(key, [b"", [shard, -1, -1, -1, -1]])
                             suffix = f".{suffix.lower()}"
-                            if suffix in torchvision.datasets.folder.IMG_EXTENSIONS:
+                            if suffix in IMG_EXTENSIONS:
                                 row[0] = os.fsencode(f"{path}/{member.name}")
                                 row[1][1:3] = member.offset_data, member.size
                             elif suffix == captions:
@@ -2611,7 +2612,7 @@ class Images(Dataset):
             self.source = Shapes(split, size, cache=cache)
             self.labels = self.source.labels
             self.classes = Shapes.classes
-        elif data in torchvision.datasets.__all__:
+        elif data.isidentifier() and not os.path.exists(data):
             self.open_torchvision(data, split, data_dir, download)
         else:
             root = Path(data)
@@ -2658,7 +2659,10 @@ class Images(Dataset):
         self.captions = read_captions(root)
 
     def open_torchvision(self, data, split, folder, download):
-        Source = getattr(torchvision.datasets, data)
+        from torchvision import datasets
+        if data not in datasets.__all__:
+            raise UserError(f"no images in {data}, or no such folder")
+        Source = getattr(datasets, data)
         known = inspect.signature(Source).parameters
         keywords = dict(train=split == "train", split=split, download=download)
         if split == "val" and data != "ImageNet":
