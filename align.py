@@ -470,7 +470,9 @@ def train_jointly(cfg, paths, world):
     trainer.start_stage(stage)
     trainer.load_state_dict(saved, same_stage=again)
     # the decoder's alone: the diffusion model learns this very encoder's latents
-    averages = {name: value.to(world.device) for name, value in saved["ema"].items() if name.startswith("decoder.")}
+    with reading(saved.path):
+        names = [name for name, _ in tok.named_parameters() if name.startswith("decoder.")]
+        averages = {name: saved["ema"][name].to(world.device) for name in names}
 
     data = open_data(cfg, "train", tok_cfg.image_size, tok_cfg.crop, tok_cfg.flip)
     if list(data.classes) != list(entries["classes"]):

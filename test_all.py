@@ -4769,6 +4769,9 @@ def test_joint_training_resumes_bit_for_bit():
         assert [path.name for path in Path(folder, "joint-both").glob("*.pt")].count("diffusion.pt") == 1
         assert len(list(Path(folder, "joint-both").glob("*.pt"))) == 2
         fails(lambda: run_align(folder, *JOINT, "--seed=1"), "another run")
+        path, = Path(folder, "joint-both").glob("tokenizer-*.pt")
+        tokenizer.save_checkpoint(path, **dict(torch.load(path, weights_only=True), ema={}))
+        fails(lambda: run_align(folder, *JOINT, "--steps=6"), str(path), "lacks")
 
 
 def test_joint_training_of_every_method():
