@@ -1141,8 +1141,8 @@ def cache_latents(
         folder, tokenizer, images, world, indices=None, dtype="bf16", vfm=None, grid=None, batch=100, workers=0,
         flip=False):
     """The Latents of `images` (at `indices`; with `flip` mirrored, too) in `folder`, encoded unless there; with `vfm`
-    its grid x grid tokens, too ("features"). By meta.json, those of another tokenizer, VFM, data set or precision are made anew; done.npy flags the
-    images on disk: after a kill the rest is encoded."""
+    its grid x grid tokens, too ("features"). By meta.json, those of another tokenizer, VFM, data set or precision are
+    made anew; done.npy flags the images on disk: after a kill the rest is encoded."""
     folder = Path(folder)
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
     names = ["latents", "features"] if vfm else ["latents"]
