@@ -2012,7 +2012,7 @@ print(f"rank {{world.rank}} {{tokenizer.fingerprint(tok)}}\\n", end="", flush=Tr
         path = Path(folder) / "train.py"
         path.write_text(code)
         flags = ("--method=vae", "--recipe=study", "--kimg=0.096", "--log_interval=1", "--ch_mult=1,1,1,1",
-                 f"--cache={folder}", "--save_interval=1000")
+                 "--batch_size=16", f"--cache={folder}", "--save_interval=1000")
         output = torchrun(path, f"--out={folder}/two", *flags)
         assert output.count("preset toy") == 1 and "2 x cpu" in output
         weights = re.findall(r"rank (\d) (\w{32})", output)
@@ -3522,7 +3522,7 @@ def test_all_scripts_read_shards():
     with tempfile.TemporaryDirectory() as folder:
         shards, _ = shards_and_folder(folder)
         flags = (f"--data={shards}", "--caption_key=long", f"--cache={folder}", f"--out={folder}/out")
-        tiny = ("--method=vae", "--recipe=study", "--kimg=0.032", "--ch_mult=1,1,1,1", "--log_interval=1")
+        tiny = ("--method=vae", "--recipe=study", "--kimg=0.016", "--ch_mult=1,1,1,1", "--log_interval=1")
         shown = torchrun(HERE / "tokenizer.py", *flags, *tiny, "--workers=1")
         assert "vae on 40 images" in shown and shown.count("no folder val") == 1
         assert len(list(Path(folder).glob("shards-*.npy"))) == 1 and len(read_log(f"{folder}/out")) == 2

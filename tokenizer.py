@@ -141,7 +141,7 @@ PRESETS = dict(
         layers=(0, 2, -1), downsample=8, post_factor=4, widths=(128, 128, 64, 32), fuse_dims=(128, 64),
         attention=(1, 1), num_res_blocks=0, w_dim=128, vit_decoder=(4, 128, 4, 512), ch=32, ch_mult=(1, 1, 2, 4),
         ldm_blocks=1, ldm_attention=False, groups=8, batch_size=8, cooldown=0.4, perceptual="toy", disc_vfm="toy",
-        ndf=16, log_interval=50, grid_interval=500, save_interval=1000))
+        ndf=16, log_interval=20, grid_interval=500, save_interval=1000))
 
 
 @dataclass
