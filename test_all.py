@@ -5082,7 +5082,8 @@ def run():
     tok = tokenizer.train(cfg, tokenizer.init_world(cfg.out))
     print(f"rank {{rank}} ended {{tokenizer.fingerprint(tok)}}\\n", end="", flush=True)
 """
-QUICK = ("--method=vae", "--recipe=study", "--kimg=0.064", "--ch_mult=1,1,1,1", f"--cache={SHARED}", "--log_interval=2")
+QUICK = ("--method=vae", "--recipe=study", "--kimg=0.064", "--ch_mult=1,1,1,1", "--batch_size=16", f"--cache={SHARED}",
+         "--log_interval=2")
 
 
 def harness(folder, code, *flags, run=script, status=0):
