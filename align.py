@@ -563,8 +563,8 @@ def study_run(cfg, jury, vfms, method, seed, folder):
     world = jury.world
     shared = dict(preset="toy", seed=seed, cache=cfg.cache, compile=False)
     train_tokenizer(TokenizerConfig(**dict(
-        TOKENIZER_PRESETS["toy"], **shared, **METHODS[method], recipe="study", decoder="vfmvae", batch_size=16,
-        kimg=cfg.study_kimg, out=str(folder))), world)
+        TOKENIZER_PRESETS["toy"], **shared, **METHODS[method], recipe="study", decoder="vfmvae", kimg=cfg.study_kimg,
+        out=str(folder))), world)
     path = str(folder / "tokenizer.pt")
     (subject,), _ = load_subjects([path], world)
     subject.name = method
@@ -576,7 +576,7 @@ def study_run(cfg, jury, vfms, method, seed, folder):
     sampling = Sampling(seed=seed, solver="euler", num_steps=12)
     for align in sorted(cfg.study_align.split(","), reverse=True):  # none last: it reads their cache
         train_diffusion(DiffusionConfig(**dict(
-            dict(DIFFUSION_PRESETS["toy"], flip=True), **shared, align=align, align_vfm=subject.vfm,
+            DIFFUSION_PRESETS["toy"], **shared, flip=True, align=align, align_vfm=subject.vfm,
             steps=cfg.study_steps, ema=0.99, keep=True, save_interval=math.gcd(*cfg.study_points), sample_interval=0,
             tokenizer=path, latents=str(folder / "latents"), out=str(folder / align))), world)
         points[align] = []
