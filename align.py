@@ -25,13 +25,13 @@ from typing import Literal
 # before torch, for whose threads tokenizer.py sets the environment
 from diffusion import PRESETS as DIFFUSION_PRESETS, Config as DiffusionConfig, train as train_diffusion
 from diffusion import (
-    ImageNoise, Sampling, build, draw_times, flow_losses, full_state, generate, load_diffusion, maps, update_ema,
-    vfm_tokens)
-from fid import full_float32, judge, judge_tokenizer, load_features
+    ImageNoise, Sampling, build, caption_states, draw_times, flow_losses, full_state, generate, load_diffusion, maps,
+    update_ema, vfm_tokens)
+from fid import Selection, full_float32, geneval, judge, judge_tokenizer, load_features
 from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, train as train_tokenizer
 from sample import tokenizer_beside
 from tokenizer import (
-    Images, Log, Positive, Tokenizer, Trainer, UserError, Watch, alone, average_gradients, average_weights,
+    Images, Log, Positive, ShapesText, Tokenizer, Trainer, UserError, Watch, alone, average_gradients, average_weights,
     build_tokenizer, fingerprint, init_world, load_checkpoint, load_state, load_tokenizer, load_vfm, load_weights, main,
     make_loader, open_data, parse_config, psnr, read_json, reading, replacing, save_checkpoint, seed_step, shrink,
     stages_of, step_batches, step_unless, to_float, to_uint8, vfm_of, write_json, write_text)
@@ -76,7 +76,7 @@ class Config:
     study: bool = False  # run what it lacks
     study_methods: str = "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok"  # of METHODS
     study_seeds: Positive = 3  # runs of each
-    study_align: str = "none,repa"  # diffusion models: none, repa, reg
+    study_align: str = "none,repa"  # diffusion models: none, repa, reg, text (captions in place of classes)
     study_kimg: float = 28.0  # thousand images a tokenizer
     study_steps: Positive = 1_500  # of 64, a diffusion model
     study_points: tuple[int, ...] = (375, 750, 1_500)  # steps to judge it at
@@ -533,6 +533,7 @@ for name in ("vavae", "vfmvae", "aligntok", "rae"):
     METHODS[f"{name}-blind"] = dict(method=name, vfm="toy-blind")
 QUALITIES = ("SE-CKNNA", "CKNNA", "SE-CKNNA to toy", "SE-CKNNA to toy-blind", "probe", "PSNR", "rFD", "rAccuracy")
 OUTCOMES = ("gFD", "gFD to reconstructions", "accuracy")
+TEXT_OUTCOMES = ("all six right", "all six, left out", "binding")  # of captions, by fid.py's `score_captions`
 
 
 class Jury:
@@ -547,14 +548,23 @@ class Jury:
         self.real = judge(self.images, self.net, world, self.labels)
 
     def judge_samples(self, subject, dit, n, sampling, *references):
-        """-> `judge` of n samples, of all classes in turn, by Frechet distance to each reference."""
-        y = torch.arange(n) % dit.num_classes
+        """-> `judge` of n samples, of all classes in turn or of held-out captions, by Frechet distance to each
+        reference; of captions `geneval`, too."""
+        captions = [self.data.caption(i) for i in range(n)] if dit.text_tokens else []
+        if captions:
+            y = caption_states(ShapesText(), ShapesText().ids(captions))  # [n, L]
+            labels = self.labels[:n]
+        else:
+            y = labels = torch.arange(n) % dit.num_classes
         mean, std = (dit.about[key] for key in ("latent_mean", "latent_std"))
         images = []
         for part in torch.arange(n).split(250):
             images.append(generate(dit, subject.tokenizer, mean, std, part, y[part], sampling, self.world))
         images = to_uint8(torch.cat(images)).cpu()
-        return [judge(images, self.net, self.world, y, reference["statistics"]) for reference in references]
+        judged = [judge(images, self.net, self.world, labels, reference["statistics"]) for reference in references]
+        if captions:
+            judged.append(geneval(images, captions, Selection(self.data, len(self.data)), self.net, self.world))
+        return judged
 
 
 def study_run(cfg, jury, vfms, method, seed, folder):
@@ -573,18 +583,22 @@ def study_run(cfg, jury, vfms, method, seed, folder):
         reference=jury.real["statistics"])
 
     points = {}
-    sampling = Sampling(seed=seed, solver="euler", num_steps=12)
-    for align in sorted(cfg.study_align.split(","), reverse=True):  # none last: it reads their cache
+    for align in sorted(cfg.study_align.split(","), reverse=True):  # none after those whose cache it reads
+        text = "toy" if align == "text" else ""
+        sampling = Sampling(seed=seed, solver="euler", num_steps=12, cfg_scale=3.0 if text else 1.0)
         train_diffusion(DiffusionConfig(**dict(
-            DIFFUSION_PRESETS["toy"], **shared, flip=True, align=align, align_vfm=subject.vfm,
-            steps=cfg.study_steps, ema=0.99, keep=True, save_interval=math.gcd(*cfg.study_points), sample_interval=0,
+            DIFFUSION_PRESETS["toy"], **shared, flip=not text, text=text, align="none" if text else align,
+            align_vfm=subject.vfm, steps=cfg.study_steps, ema=0.99, keep=True, save_interval=math.gcd(*cfg.study_points), sample_interval=0,
             tokenizer=path, latents=str(folder / "latents"), out=str(folder / align))), world)
         points[align] = []
         for step in cfg.study_points:
-            dit = load_diffusion(folder / align / f"diffusion-{step}.pt").to(world.device)
-            real, inner = jury.judge_samples(subject, dit, cfg.study_samples, sampling, jury.real, rebuilt)
-            points[align].append({
-                "step": step, "gFD": real["fd"], "accuracy": real["agreement"], "gFD to reconstructions": inner["fd"]})
+            dit = load_diffusion(folder / align / f"diffusion{'-text' * bool(text)}-{step}.pt").to(world.device)
+            real, inner, *told = jury.judge_samples(subject, dit, cfg.study_samples, sampling, jury.real, rebuilt)
+            found = real["fd"], inner["fd"], real["agreement"]
+            points[align].append(dict(step=step, **dict(zip(OUTCOMES, found))))
+            if text:
+                scores = [told[0]["samples"][key] for key in ("all", "all_left_out", "binding")]
+                points[align][-1].update(zip(TEXT_OUTCOMES, np.array(scores, float).tolist()))  # None: nan
         subject.networks[align] = dit
 
     rows, scales = alignment([subject], vfms, jury.data, np.arange(len(jury.images)), cfg, world)
@@ -605,9 +619,9 @@ def study(cfg):
     os.environ["LOCAL_RANK"] = str(rank % max(1, torch.cuda.device_count()))
     world = init_world(cfg.out, cfg.cache)
     methods = cfg.study_methods.split(",")
-    unknown = {*methods, *cfg.study_align.split(",")} - {*METHODS, "none", "repa", "reg"}
+    unknown = {*methods, *cfg.study_align.split(",")} - {*METHODS, "none", "repa", "reg", "text"}
     if unknown:
-        raise UserError(f"no {min(unknown)}: methods are {', '.join(METHODS)}, alignments none, repa, reg")
+        raise UserError(f"no {min(unknown)}: methods are {', '.join(METHODS)}, alignments none, repa, reg, text")
     if not all(0 < step <= cfg.study_steps for step in cfg.study_points or [0]):
         raise UserError("--study_points must be from 1, and must not exceed --study_steps")
     with alone(f"{cfg.cache}/study"):  # trains what is missing once
@@ -663,7 +677,10 @@ def study_report(cfg, folder, paths):
     outcomes = []
     rhos = []
     spearman = defaultdict(dict)
-    for outcome, align in itertools.product(OUTCOMES, aligns):
+    judged = [*itertools.product(OUTCOMES, aligns)]
+    if "text" in aligns:
+        judged += [(outcome, "text") for outcome in TEXT_OUTCOMES]
+    for outcome, align in judged:
         series = panels[f"{outcome} by diffusion steps, alignment: {align}"] = {}
         for method, its in methods.items():
             ys = np.array([[point[outcome] for point in result["points"][align]] for result in its])  # [runs, points]
@@ -680,8 +697,8 @@ def study_report(cfg, folder, paths):
     steps = [f"at {step:,}" for step in cfg.study_points]
     text = f"""{len(results)} runs; mean ± standard deviation over seeds. Each tokenizer: {cfg.study_kimg:g} thousand \
 images; each diffusion model: {cfg.study_steps:,} steps of 64, {cfg.study_samples:,} unguided samples of 12 Euler \
-times. FD: Frechet distance of a classifier's features to held-out images (r: reconstructed, g: generated). Accuracy: \
-how many images it takes for their class (real ones: {real:.1%}). CKNNA, REPA: to the tokenizer's own VFM (vae: toy).
+times (text: of held-out captions, guidance 3). FD: Frechet distance of a classifier's features to held-out images (r: reconstructed, g: generated). Accuracy: \
+how many images it takes for their class, or shape (real ones: {real:.1%}). CKNNA, REPA: to the tokenizer's own VFM (vae: toy).
 
 {markdown(["tokenizer", *QUALITIES], qualities)}
 {markdown(["outcome", "alignment", "tokenizer", *steps], outcomes)}"""

@@ -4838,6 +4838,32 @@ def test_study():
         assert not list(study.rglob("*.pt")) and not list(study.rglob("*.npy"))
 
 
+def test_study_of_captions():
+    """Text models are judged at every point, too; held-out images in place of samples score as real ones do, caption
+    by caption."""
+    with small_study() as folder:
+        flags = *STUDY, "--study_methods=vfmvae", "--study_seeds=1", "--study_samples=40", "--study_align=none,text"
+        printed = run_align(folder, *flags)
+        points = study_results(folder)["vfmvae-0"]["points"]["text"]
+        assert [point["step"] for point in points] == [1, 3]
+        assert points[0].keys() == {"step", *align.OUTCOMES, *align.TEXT_OUTCOMES}
+        assert "| binding | text | vfmvae |" in printed and "| binding | none |" not in printed
+
+        jury = align.Jury(24, folder, WORLD)
+        dit = mock.Mock(text_tokens=13, about=dict(latent_mean=0, latent_std=1))
+        shown = []
+
+        def generate(dit, net, mean, std, part, y, *rest):
+            shown.extend(y.tolist())
+            return tokenizer.to_float(jury.images[part])
+
+        with mock.patch.object(align, "generate", generate):
+            judged, told = jury.judge_samples(mock.Mock(), dit, 24, None, jury.real)
+        assert judged["agreement"] == jury.real["agreement"] and abs(judged["fd"]) < 1e-3
+        assert told["same_captions"] and told["samples"] == told["real"]
+        assert shown == tokenizer.ShapesText().ids([Shapes("val").caption(i) for i in range(24)]).tolist()
+
+
 def test_study_goes_on():
     """A run that is lost, or was stopped between its two diffusion models, comes out as before; finished ones stay;
     results of other settings or networks are refused."""
