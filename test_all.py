@@ -5267,6 +5267,40 @@ def test_bad_images():
         fails(lambda: tokenizer.Images(str(root), "train", 8), "class folder", "2 has no images")
 
 
+@contextlib.contextmanager
+def nobody():
+    """As a user without root's rights, where the tests run as root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_unreadable_permissions():
+    """An image, a data folder, a checkpoint that may not be read, a folder that may not be written: one line each."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        root = Path(folder, "data")
+        for i in range(2):
+            (root / f"{i}").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(root / f"{i}" / "image.png")
+        save = Path(folder, "tokenizer.pt")
+        tokenizer.save_checkpoint(save, kind="tokenizer")
+        data = tokenizer.Images(str(root), "train", 8)
+        for path in root / "0" / "image.png", save, root / "1":
+            path.chmod(0)
+        with nobody():
+            fails(lambda: data[0], "cannot read image", "0/image.png", "ermission")
+            fails(lambda: tokenizer.load_checkpoint(save, "tokenizer"), "tokenizer.pt", "ermission")
+            fails(lambda: tokenizer.Images(str(root), "train", 8), "data/1", "may not be read")
+            fails(lambda: tokenizer.write_text(f"{folder}/out/text", ""), "cannot write", "ermission")
+        (root / "1").chmod(0o755)
+
+
 @with_diffusion_folder
 def test_latent_cache_has_the_labels_of_what_was_read(folder, cfg):
     """Where an image was skipped, the next one's latent and label stand together."""

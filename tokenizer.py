@@ -2652,7 +2652,7 @@ class Images(Dataset):
         if paths[0].parent != root:
             empty = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."} - set(folders)
             if empty:
-                raise UserError(f"class folder {root / min(empty)} has no images")
+                raise UserError(f"class folder {root / min(empty)} has no images, or may not be read")
         self.root = os.fsencode(root / "_")[:-1]
         classes, self.labels = np.unique(folders, return_inverse=True)
         self.classes = classes.tolist()
