@@ -714,22 +714,27 @@ Spearman's rank correlation of the tokenizers' means with the final outcome. Of 
 
 
 def sweep(cfg, world):
-    """Judges samples of OUT/diffusion.pt by solver and times, then by guidance -> OUT/sweep.md, .json."""
+    """Judges samples of OUT/diffusion.pt by solver and times, by guidance, by --reuse of a model with a head ->
+    OUT/sweep.md, .json. ms: an image's, decoded and judged, too."""
     (subject,), _ = load_subjects([f"{cfg.out}/diffusion.pt"], world)
     dit, = subject.networks.values()
     if dit.about["config"]["data"] != "shapes":
         raise UserError("--sweep needs a model trained on the shapes")
     jury = Jury(5_000, cfg.cache, world, dit.about["image_size"])
-    cells = [(solver, steps, 3.0) for solver in ("euler", "heun", "ab2") for steps in cfg.sweep_steps]
-    cells += [("ab2", 20, scale) for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+    cells = [(solver, steps, 3.0, 1) for solver in ("euler", "heun", "ab2") for steps in cfg.sweep_steps]
+    cells += [("ab2", 20, scale, 1) for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+    if dit.head_depth:
+        cells += [("euler", 50, 3.0, reuse) for reuse in (1, 2, 3, 4, 6, 8)]
     rows = []
-    for solver, steps, scale in tqdm(dict.fromkeys(cells), desc="sweep"):
-        sampling = Sampling(seed=cfg.seed, solver=solver, num_steps=steps, cfg_scale=scale)
+    for solver, steps, scale, reuse in tqdm(dict.fromkeys(cells), desc="sweep"):
+        sampling = Sampling(seed=cfg.seed, solver=solver, num_steps=steps, cfg_scale=scale, reuse=reuse)
+        start = time.perf_counter()
         judged, = jury.judge_samples(subject, dit, cfg.sweep_samples, sampling, jury.real)
+        ms = 1000 * (time.perf_counter() - start) / cfg.sweep_samples
         evaluations = (steps - 1) * (2 if solver == "heun" else 1)
         rows.append(dict(
-            solver=solver, num_steps=steps, evaluations=evaluations, cfg_scale=scale, fd=judged["fd"],
-            accuracy=judged["agreement"]))
+            solver=solver, num_steps=steps, evaluations=evaluations, cfg_scale=scale, reuse=reuse, ms=ms,
+            fd=judged["fd"], accuracy=judged["agreement"]))
     lines = [[solver, *(f"{value:.4g}" for value in values)] for solver, *values in map(dict.values, rows)]
     text = markdown(list(rows[0]), lines)
     write_json(f"{cfg.out}/sweep.json", rows)

@@ -4987,6 +4987,20 @@ def test_sweep():
         np.testing.assert_allclose([row["fd"], row["accuracy"]], [want["fd"], want["agreement"]], rtol=1e-4)
 
 
+def test_sweep_of_reuse():
+    """Of a model with a head, how many evaluations share the other blocks' output is swept, too."""
+    dit = mock.Mock(head_depth=2, about=dict(config=dict(data="shapes"), image_size=32))
+    jury = mock.Mock()
+    jury.return_value.judge_samples.return_value = [dict(fd=1.0, agreement=0.5)]
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(align, "Jury", jury), mock.patch.object(
+            align, "load_subjects", return_value=([mock.Mock(networks=dict(dit=dit))], {})):
+        run_align(folder, "--sweep=1", "--sweep_steps=2")
+        rows = json.loads(Path(folder, "sweep.json").read_text())
+    asked = [call.args[3] for call in jury.return_value.judge_samples.call_args_list]
+    assert [row["reuse"] for row in rows] == [sampling.reuse for sampling in asked]
+    assert sorted({row["reuse"] for row in rows}) == [1, 2, 3, 4, 6, 8] and all(row["ms"] > 0 for row in rows)
+
+
 def test_align_refuses():
     """A user's mistakes end in one line that names them."""
     with small_world() as folder:
