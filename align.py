@@ -26,7 +26,7 @@ from typing import Literal
 from diffusion import PRESETS as DIFFUSION_PRESETS, Config as DiffusionConfig, train as train_diffusion
 from diffusion import (
     ImageNoise, Sampling, build, caption_states, draw_times, flow_losses, full_state, generate, load_diffusion, maps,
-    update_ema, vfm_tokens)
+    to_sphere, update_ema, vfm_tokens)
 from fid import Selection, full_float32, geneval, judge, judge_tokenizer, load_features
 from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, train as train_tokenizer
 from sample import tokenizer_beside
@@ -238,7 +238,8 @@ def pooled_features(subjects, vfms, images):
             # clean, t = 0.5, null class: what it makes of the image itself
             t = z.new_full((len(z),), 0.5)
             y = dit.null(len(t))
-            for i, x in enumerate(dit((z - mean) / std, t, y, cls, blocks=True), 1):  # [B, (1 +) N, D]
+            clean = to_sphere(z) if dit.sphere else (z - mean) / std
+            for i, x in enumerate(dit(clean, t, y, cls, blocks=True), 1):  # [B, (1 +) N, D]
                 yield (name, f"block {i}"), x[:, int(dit.cls_dim > 0):].float().mean(1)
 
 
@@ -448,6 +449,8 @@ def train_jointly(cfg, paths, world):
     entries = load_checkpoint(source, "diffusion")
     if entries["arch"].get("text_tokens"):
         raise UserError(f"{source} is a text model: joint training takes those of classes")
+    if entries["arch"].get("sphere"):
+        raise UserError(f"{source} is of --path=sphere: joint training needs channel statistics")
     start = entries["step"] if again else 0
     settings = [before, cfg.seed, cfg.batch_size, cfg.tokenizer_weight]
     if again and entries["settings"] != settings:
@@ -531,6 +534,7 @@ METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
 for name in ("vavae", "vfmvae", "aligntok", "rae"):
     METHODS[name] = dict(method=name)
     METHODS[f"{name}-blind"] = dict(method=name, vfm="toy-blind")
+    METHODS[f"{name}-sphere"] = dict(method=name, path="sphere")  # diffusion.py's
 QUALITIES = ("SE-CKNNA", "CKNNA", "SE-CKNNA to toy", "SE-CKNNA to toy-blind", "probe", "PSNR", "rFD", "rAccuracy")
 OUTCOMES = ("gFD", "gFD to reconstructions", "accuracy")
 TEXT_OUTCOMES = ("all six right", "all six, left out", "binding")  # of captions, by fid.py's `score_captions`
@@ -572,8 +576,10 @@ def study_run(cfg, jury, vfms, method, seed, folder):
     started = time.time()
     world = jury.world
     shared = dict(preset="toy", seed=seed, cache=cfg.cache, compile=False)
+    row = dict(METHODS[method])
+    flow = row.pop("path", "linear")
     train_tokenizer(TokenizerConfig(**dict(
-        TOKENIZER_PRESETS["toy"], **shared, **METHODS[method], recipe="study", decoder="vfmvae", kimg=cfg.study_kimg,
+        TOKENIZER_PRESETS["toy"], **shared, **row, recipe="study", decoder="vfmvae", kimg=cfg.study_kimg,
         out=str(folder))), world)
     path = str(folder / "tokenizer.pt")
     (subject,), _ = load_subjects([path], world)
@@ -587,8 +593,9 @@ def study_run(cfg, jury, vfms, method, seed, folder):
         text = "toy" if align == "text" else ""
         sampling = Sampling(seed=seed, solver="euler", num_steps=12, cfg_scale=3.0 if text else 1.0)
         train_diffusion(DiffusionConfig(**dict(
-            DIFFUSION_PRESETS["toy"], **shared, flip=not text, text=text, align="none" if text else align,
-            align_vfm=subject.vfm, steps=cfg.study_steps, ema=0.99, keep=True, save_interval=math.gcd(*cfg.study_points), sample_interval=0,
+            DIFFUSION_PRESETS["toy"], **shared, path=flow, flip=not text, text=text, align="none" if text else align,
+            align_vfm=subject.vfm, steps=cfg.study_steps, ema=0.99, keep=True,
+            save_interval=math.gcd(*cfg.study_points), sample_interval=0,
             tokenizer=path, latents=str(folder / "latents"), out=str(folder / align))), world)
         points[align] = []
         for step in cfg.study_points:
@@ -721,8 +728,9 @@ def sweep(cfg, world):
     if dit.about["config"]["data"] != "shapes":
         raise UserError("--sweep needs a model trained on the shapes")
     jury = Jury(5_000, cfg.cache, world, dit.about["image_size"])
-    cells = [(solver, steps, 3.0, 1) for solver in ("euler", "heun", "ab2") for steps in cfg.sweep_steps]
-    cells += [("ab2", 20, scale, 1) for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+    solvers = ("euler",) if dit.sphere else ("euler", "heun", "ab2")
+    cells = [(solver, steps, 3.0, 1) for solver in solvers for steps in cfg.sweep_steps]
+    cells += [(solvers[-1], 20, scale, 1) for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
     if dit.head_depth:
         cells += [("euler", 50, 3.0, reuse) for reuse in (1, 2, 3, 4, 6, 8)]
     rows = []

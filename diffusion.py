@@ -20,7 +20,7 @@ The data's way at ImageNet's 256 px:
     image [3, 256, 256]
 
 LightningDiT: arXiv 2501.01423, SiT 2401.08740, REPA 2410.06940, REG 2507.01467, DiT 2212.09748; guidance 2207.12598,
-its interval 2404.07724, autoguidance 2406.02507.
+its interval 2404.07724, autoguidance 2406.02507; flow on the sphere: HAE 2601.22904.
 """
 import copy
 import functools
@@ -85,6 +85,7 @@ class Config:
     arch: Literal["lightningdit", "sit"] = "lightningdit"  # RMSNorm, SwiGLU, RoPE; or LayerNorm, GELU
     qk_norm: bool = False  # of queries and keys: for long runs
     # objective
+    path: Literal["linear", "sphere"] = "linear"  # sphere: tokens' directions alone, along great circles (HAE)
     times: Literal["lognormal", "uniform"] = "lognormal"  # logit-normal(0, 1)
     train_shift: int = 0  # times by s = sqrt(train_shift / a latent's numbers) < 1 (RAE: 4096; 0: none): shift_times
     uniform_from: int = 0  # uniform from this step (0: never); LightningDiT: 600000 of 700,000
@@ -285,13 +286,15 @@ class DiT(nn.Module):
 
     head_depth: so many blocks more, of width head_size, embed x anew (x_embedder; the others' is then s_embedder) and
     are modulated, token by token, by SiLU(time + the others' output) (DDT, arXiv 2504.05741, section 3; RAE's DiT^DH,
-    2510.11690, section 5). kept: a dictionary that keeps that output by batch size; once there, it is not computed."""
+    2510.11690, section 5). kept: a dictionary that keeps that output by batch size; once there, it is not computed.
+
+    sphere: it learns `geodesic`'s flow, and `ode` follows great circles."""
 
     def __init__(
             self, input_size=16, in_channels=32, patch_size=1, hidden_size=1152, depth=28, num_heads=16,
             num_classes=1000, arch="lightningdit", mlp_hidden=0, qk_norm=False, cls_dim=0, z_dim=0, projector_dim=2048,
             encoder_depth=8, text_tokens=0, text_dim=0, text_pooled=False, vocabulary=0, head_depth=0, head_size=0,
-            head_heads=0, fourier=0):
+            head_heads=0, fourier=0, sphere=False):
         super().__init__()
         H = head_size or hidden_size
         head_heads = head_heads or (num_heads if H == hidden_size else max(1, H // 128))  # RAE's: 128 channels each
@@ -311,6 +314,7 @@ class DiT(nn.Module):
         self.encoder_depth = encoder_depth
         self.depth = depth
         self.head_depth = head_depth
+        self.sphere = sphere
         self.checkpointing = False
         D = hidden_size
         if arch == "lightningdit":
@@ -468,24 +472,62 @@ class DiT(nn.Module):
 # --------------------------------------
 # The flow: objective and solvers
 
-def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None):
-    """The objective's terms [B] at x_t = t latents + (1 - t) noise, unweighted. latents [B, C, S, S]: normalised;
+def to_sphere(x):
+    """Tokens, of [B, C, S, S], at norm sqrt(C)."""
+    return F.normalize(x, dim=1) * x.shape[1] ** 0.5
+
+
+def radial(v, x):
+    """v's part along tokens x of norm sqrt(C), each [B, C, S, S]."""
+    return (v * x).mean(1, keepdim=True) * x
+
+
+def geodesic(noise, latents, t):
+    """-> x_t, its velocity dx/dt, each [B, C, S, S]: from noise to latents at constant speed along great circles of the
+    sphere of norm sqrt(C), where both are put token by token (HAE, arXiv 2601.22904). t: [B, 1, 1, 1]."""
+    start = to_sphere(noise)
+    end = to_sphere(latents)
+    side = to_sphere(end - radial(end, start))  # at right angles to start
+    angle = torch.atan2((end * side).mean(1, keepdim=True), (end * start).mean(1, keepdim=True))  # [B, 1, S, S]
+    cos = (t * angle).cos()
+    sin = (t * angle).sin()
+    return cos * start + sin * side, angle * (cos * side - sin * start)
+
+
+def geodesic_step(x, move):
+    """x on the sphere, moved along the great circle by the tangent part of `move`, each [B, C, S, S]."""
+    move = move - radial(move, x)
+    angle = move.square().mean(1, keepdim=True).sqrt()  # length / sqrt(C)
+    return angle.cos() * x + angle.sin() * to_sphere(move)
+
+
+def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None, sphere=False):
+    """The objective's terms [B] at x_t = t latents + (1 - t) noise, unweighted, or at `geodesic`'s x_t: there of v's
+    tangent part, and to `velocity` 0.1 times the radial part's square is added. latents [B, C, S, S]: normalised;
     labels: the DiT's y, after dropout.
 
     velocity: squared error; cosine: 1 - cos over channels (LightningDiT); repa: - cos(projection, the
     VFM's `tokens` [B, (1 +) N, D] of the clean images) (REPA eq. 8); cls: velocity error of the class token
     tokens[:, 0], noised with `cls_noise` [B, D] (REG)."""
-    x = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))  # [B, C, S, S]
-    target = latents - noise
+    if sphere:
+        x, target = geodesic(noise, latents, t.view(-1, 1, 1, 1))
+    else:
+        x = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))  # [B, C, S, S]
+        target = latents - noise
     if cls_noise is None:
         out = model(x, t, labels)
     else:
         out = model(x, t, labels, torch.lerp(cls_noise, tokens[:, 0], t[:, None]))
     v, v_cls, projection = out if isinstance(out, tuple) else (out, None, None)
     v = v.float()
+    if sphere:
+        outward = radial(v, x)
+        v = v - outward
     losses = dict(
         velocity=(v - target).square().mean((1, 2, 3)),
         cosine=1 - F.cosine_similarity(v, target, dim=1).mean((1, 2)))
+    if sphere:
+        losses["velocity"] = losses["velocity"] + 0.1 * outward.square().mean((1, 2, 3))
     if v_cls is not None:
         losses["cls"] = (v_cls.float() - (tokens[:, 0] - cls_noise)).square().mean(1)
     if projection is not None:
@@ -554,8 +596,11 @@ def ode(
         reuse=1, **guidance):
     """Latents [B, C, S, S] of classes y [B] from noise along dx/dt = v(x, t, y), t at linspace(0, 1, num_steps), mapped
     by shift_times(t, timestep_shift, train_shift); REG's class token from cls_noise [B, D]. solver: "euler", "heun"
-    (two evaluations a step), "ab2" (Adams-Bashforth). reuse: so many evaluations in a row share what a model with a
-    head keeps (DDT, section 3.3). guidance: of `guided`."""
+    (two evaluations a step), "ab2" (Adams-Bashforth); where model.sphere, Euler's along great circles alone. reuse: so
+    many evaluations in a row share what a model with a head keeps (DDT, section 3.3). guidance: of `guided`."""
+    sphere = getattr(model, "sphere", False)  # a model may be any function
+    if sphere and solver != "euler":
+        raise UserError(f"{solver=}: for models of --path=sphere there is euler alone")
     if num_steps < 2 or solver not in ("euler", "heun", "ab2"):
         raise UserError(f"{solver=}, {num_steps=}: there are euler, heun and ab2, from 2 times")
     times = torch.linspace(0, 1, num_steps, dtype=torch.float64)
@@ -569,6 +614,7 @@ def ode(
                 each.clear()
         return guided(model, state, t, y, kept=kept, **guidance)
 
+    noise = to_sphere(noise) if sphere else noise
     state = [s for s in (noise, cls_noise) if s is not None]
     before = None  # the last step's
     h_before = None
@@ -581,7 +627,10 @@ def ode(
             slope = [(a + b) / 2 for a, b in zip(v, velocity(ahead, after))]
         elif solver == "ab2" and before:
             slope = [a + (a - b) * (h / h_before / 2) for a, b in zip(v, before)]
-        state = [x + h * d for x, d in zip(state, slope)]
+        moved = [x + h * d for x, d in zip(state, slope)]
+        if sphere:
+            moved[0] = geodesic_step(state[0], h * slope[0])
+        state = moved
         before = v
         h_before = h
     return state[0]
@@ -662,7 +711,7 @@ def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, ro
         cfg_scale=cfg.cfg_scale, cfg_interval=cfg.cfg_interval, cls_cfg_scale=cfg.cls_cfg_scale, guide=guide,
         negative=negative)
     with world.autocast():
-        if cfg.solver == "sde":
+        if cfg.solver == "sde" and not model.sphere:
             z = sde(model, x, labels, cfg.num_steps, cls, noise, **shared)  # [B, C, S, S]
         else:
             shared["cfg_channels"] = cfg.cfg_channels
@@ -772,6 +821,8 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim, text=None):
         encoder_depth=cfg.encoder_depth)
     if cfg.head_depth:
         arch.update(head_depth=cfg.head_depth, head_size=cfg.head_size)
+    if cfg.path == "sphere":
+        arch["sphere"] = True
     if text:
         if not isinstance(text, ShapesText) and text.pooled_dim != text.dim:
             raise UserError(f"--text={cfg.text}: its pooled state is {text.pooled_dim} wide, its tokens {text.dim}")
@@ -855,7 +906,7 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
         elif parallel is not model:
             parallel.require_backward_grad_sync = k == cfg.accumulate
         with world.autocast():
-            losses = flow_losses(parallel, x, labels, t, torch.randn_like(x), tokens, cls_noise)
+            losses = flow_losses(parallel, x, labels, t, torch.randn_like(x), tokens, cls_noise, model.sphere)
         losses = {name: value.mean() for name, value in losses.items()}
         losses["loss"] = sum(weights[name] * value for name, value in losses.items())
         (losses["loss"] / cfg.accumulate).backward()
@@ -902,7 +953,7 @@ def validate(model, val, mean, std, world, batch, text=None):
         t = (index.double() * 0.6180339887498949 % 1).float().to(world.device)  # golden ratio
         cls_noise = noise(data["tokens"][:, 0]) if model.cls_dim else None
         with world.autocast():
-            losses = flow_losses(model, x, data["labels"], t, noise(x), data["tokens"], cls_noise)
+            losses = flow_losses(model, x, data["labels"], t, noise(x), data["tokens"], cls_noise, model.sphere)
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.sum() / len(mine)
     return {f"val_{name}": world.mean(value) for name, value in totals.items()}
@@ -948,6 +999,10 @@ def train(cfg, world):
         latents.images = images
     some = np.linspace(0, len(held) - 1, min(cfg.val_images, len(held))).astype(int)
     val = cache_latents(folder / "val", tok, held, world, some, vfm=vfm, **shared)
+    if cfg.path == "sphere":  # no statistics but the tokens' norm (root mean square), which decoding gives back
+        scale = (latents.mean.square() + latents.std.square()).mean().sqrt().item()
+        latents.mean = torch.zeros_like(latents.mean)
+        latents.std = torch.full_like(latents.std, scale)
     mean, std = (maps(values).to(world.device) for values in (latents.mean, latents.std))
     if text:
         latents.labels = caption_ids(folder, text, images, latents.images_read, world)  # [n, L]
@@ -962,8 +1017,9 @@ def train(cfg, world):
         with reading(path):
             start = saved["step"]
             now = dict(
-                arch, latents=origin, seed=cfg.seed, batch_size=cfg.batch_size, align_vfm=cfg.align_vfm, text=cfg.text)
-            then = {**saved["config"], **saved["arch"], "latents": saved["latents"]}
+                arch, latents=origin, seed=cfg.seed, batch_size=cfg.batch_size, align_vfm=cfg.align_vfm, text=cfg.text,
+                path=cfg.path)
+            then = {"path": "linear", **saved["config"], **saved["arch"], "latents": saved["latents"]}
             changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
             if changed:
                 raise UserError(f"{path} is another run's ({'; '.join(changed)}): --resume=0 or another --out")
@@ -1000,7 +1056,8 @@ def train(cfg, world):
         else:
             y = torch.arange(columns).repeat(4)
             names = [classes[i] for i in y]
-        sampling = Sampling(seed=cfg.seed, solver="ab2", num_steps=20, cfg_scale=3.0, train_shift=cfg.train_shift)
+        solver = "euler" if cfg.path == "sphere" else "ab2"
+        sampling = Sampling(seed=cfg.seed, solver=solver, num_steps=20, cfg_scale=3.0, train_shift=cfg.train_shift)
         pictures = generate(ema, tok, latents.mean, latents.std, range(len(y)), y, sampling, world)
         if world.rank == 0:
             save_grid(pictures, out / f"grids/{stem}-{step:07d}.png", columns, names)

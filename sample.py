@@ -45,6 +45,7 @@ class Config:
     seed: int = 0  # image i's noise: by (seed, i)
     batch_size: Positive = 128  # of each process
     # VFM-VAE's and LightningDiT's for 64 epochs; 560: --cfg_scale=4
+    # euler alone for models of --path=sphere
     solver: Literal["euler", "heun", "ab2", "sde"] = "euler"  # ab2: Adams-Bashforth; sde: Euler-Maruyama
     num_steps: Positive = 250  # times; evaluations: one less (euler, ab2), twice that (heun), as many (sde)
     cfg_scale: float = 6.0  # guidance: 1 is none
@@ -103,11 +104,12 @@ def load_pipeline(cfg, world):
     if len(mean) == len(std) == math.prod(shape):  # RAE's, by position
         mean = mean.view(shape)
         std = std.view(shape)
-    for key in ("in_channels", "input_size", "num_classes", "cls_dim", "text_tokens"):
+    for key in ("in_channels", "input_size", "num_classes", "cls_dim", "text_tokens", "sphere"):
         if guide and getattr(guide, key) != getattr(model, key):
             raise UserError(f"--guide={cfg.guide} has another {key} than {path}")
-    if guide and not torch.equal(guide.about.get("latent_mean", mean), mean):
-        raise UserError(f"--guide={cfg.guide} is of other latents")
+    for key, value in ("latent_mean", mean), ("latent_std", std):
+        if guide and not torch.equal(guide.about.get(key, value), value):
+            raise UserError(f"--guide={cfg.guide} is of other latents")
     tokenizer = load_tokenizer(cfg.tokenizer or tokenizer_beside(path, model.about)).to(world.device)
     if not tokenizer.z_dim == model.in_channels == len(mean) == len(std):
         raise UserError(f"{path}, its tokenizer and its statistics are of latents of other widths")

@@ -3086,6 +3086,156 @@ def test_rae_latents_are_normalised_by_position(folder, cfg):
     torch.testing.assert_close(list(found), [mean, std])
 
 
+def test_geodesic():
+    """The sphere's path: from noise to data, norm sqrt(C) everywhere; velocity tangent, of constant length and the
+    path's numerical derivative; the closed form sin((1 - t) a) z0 / sin a + sin(t a) z1 / sin a; defined where both
+    ends are nearly one and nearly opposite."""
+    torch.manual_seed(0)
+    noise, data = torch.randn(2, 3, 6, 4, 4, dtype=torch.float64) * 3
+    z0 = diffusion.to_sphere(noise)
+    z1 = diffusion.to_sphere(data)
+    torch.testing.assert_close(z0.norm(dim=1), torch.full((3, 4, 4), 6 ** 0.5).double())
+    for t, end in (0.0, z0), (1.0, z1):
+        torch.testing.assert_close(diffusion.geodesic(noise, data, torch.tensor(t).double())[0], end)
+    t = torch.tensor([0.1, 0.5, 0.93]).double().view(3, 1, 1, 1)
+    x, u = diffusion.geodesic(noise, data, t)
+    a = torch.acos((z0 * z1).sum(1, keepdim=True) / 6)
+    torch.testing.assert_close(x, (torch.sin((1 - t) * a) * z0 + torch.sin(t * a) * z1) / torch.sin(a))
+    torch.testing.assert_close(x.norm(dim=1), torch.full((3, 4, 4), 6 ** 0.5).double())
+    torch.testing.assert_close((x * u).sum(1), torch.zeros(3, 4, 4).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(u.norm(dim=1, keepdim=True), 6 ** 0.5 * a)
+    after, before = (diffusion.geodesic(noise, data, t + h)[0] for h in (1e-5, -1e-5))
+    torch.testing.assert_close(u, (after - before) / 2e-5, rtol=1e-8, atol=1e-8)
+    for end in z0 + 1e-3 * z1, -z0 + 1e-3 * z1:
+        x, u = diffusion.geodesic(z0.float(), end.float(), t.float())
+        torch.testing.assert_close(x.norm(dim=1), torch.full((3, 4, 4), 6 ** 0.5), rtol=1e-3, atol=0)
+        assert u.isfinite().all() and (u * x).sum(1).abs().max() < 1e-2
+
+
+@torch.no_grad()
+def test_geodesic_steps():
+    """A step with the field of constant speed is exact, however long, whatever radial part is added; the ODE of any
+    number of steps ends at the data, on the sphere; solvers that leave it are refused."""
+    torch.manual_seed(0)
+    z0, z1 = (diffusion.to_sphere(torch.randn(2, 6, 4, 4, dtype=torch.float64)) for _ in range(2))
+    (x, u), (after, _) = (diffusion.geodesic(z0, z1, torch.tensor(t).double()) for t in (0.25, 1.0))
+    torch.testing.assert_close(diffusion.geodesic_step(x, 0.75 * (u + 3 * x)), after)
+    torch.testing.assert_close(diffusion.geodesic_step(x, 0 * u), x)
+
+    class Field:
+        sphere = True
+
+        def __call__(self, x, t, y):
+            return diffusion.geodesic(z0, z1, t.double().view(-1, 1, 1, 1))[1]
+
+    y = torch.zeros(2).long()
+    for steps in 2, 5, 30:
+        z = diffusion.ode(Field(), 5 * z0, y, steps)
+        torch.testing.assert_close(z, z1, rtol=1e-5, atol=1e-5)  # times are float32
+    model = small_dit(sphere=True)
+    y = torch.tensor([3, 1])
+    noise = torch.randn(2, 8, 4, 4)
+    z = diffusion.ode(model, noise, y, 20, cfg_scale=3.0, cfg_interval=(0.2, 1.0))
+    torch.testing.assert_close(z.norm(dim=1), torch.full((2, 4, 4), 8 ** 0.5))
+    assert not torch.allclose(z, diffusion.to_sphere(noise), atol=1e-3)
+    own, other = (model(diffusion.to_sphere(noise), torch.zeros(2), each) for each in (y, torch.tensor([10, 10])))
+    v = other + 3 * (own - other)
+    want = diffusion.geodesic_step(diffusion.to_sphere(noise), v)
+    torch.testing.assert_close(diffusion.ode(model, noise, y, 2, cfg_scale=3.0), want)
+    for solver in "heun", "ab2", "sde":
+        fails(lambda: diffusion.ode(model, noise, y, 5, solver=solver), solver, "--path=sphere", "euler")
+
+
+def test_sphere_losses():
+    """The objective written out: squared error of v's tangent part and a tenth of the radial part's square; cosine of
+    the tangent part; the class token's path stays straight."""
+    model = small_dit(sphere=True, **REG)
+    torch.manual_seed(1)
+    z1, z0 = torch.randn(2, 3, 8, 4, 4)
+    t = torch.tensor([0.2, 0.5, 0.8])
+    y = torch.tensor([1, 2, 3])
+    tokens, cls_noise = torch.randn(3, 17, 24), torch.randn(3, 24)
+    found = diffusion.flow_losses(model, z1, y, t, z0, tokens, cls_noise, True)
+    x, u = diffusion.geodesic(z0, z1, t.view(3, 1, 1, 1))
+    v, v_cls, _ = model(x, t, y, torch.lerp(cls_noise, tokens[:, 0], t[:, None]))
+    unit = x / x.norm(dim=1, keepdim=True)
+    radial = (v * unit).sum(1, keepdim=True) * unit
+    assert radial.abs().max() > 0.01
+    error = (v - radial - u).square().sum(1) + 0.1 * radial.square().sum(1)
+    torch.testing.assert_close(found["velocity"], error.mean((1, 2)) / 8)
+    torch.testing.assert_close(found["cosine"], 1 - F.cosine_similarity(v - radial, u, dim=1).mean((1, 2)))
+    torch.testing.assert_close(found["cls"], (v_cls - tokens[:, 0] + cls_noise).square().mean(1))
+
+
+def test_sphere_learns():
+    """300 steps on tokens that are a direction a class, and a little noise: geodesic samples are of their class."""
+    torch.manual_seed(0)
+    cfg = diffusion.Config(**{
+        **diffusion.PRESETS["toy"], "lr": 3e-3, "warmup": 10, "compile": False, "ema": 0.98, "path": "sphere"})
+    means = torch.randn(3, 4, 1, 1)
+    parts = diffusion.build(cfg, WORLD, dict(TINY_DIT, sphere=True))
+    errors = []
+    for step in range(300):
+        labels = torch.randint(3, (32,))
+        latents = means[labels] + 0.1 * torch.randn(32, 4, 2, 2)
+        batch = dict(latents=latents, labels=labels, tokens=None)
+        errors.append(diffusion.train_step(*parts, [batch], cfg, WORLD, step)["velocity"].item())
+    assert errors[-1] < 0.35 * errors[0], errors[::50]
+    y = torch.arange(3).repeat(20)
+    with torch.no_grad():
+        z = diffusion.ode(parts[2], torch.randn(60, 4, 2, 2), y, 30)
+    torch.testing.assert_close(z.norm(dim=1), torch.full((60, 2, 2), 2.0))
+    cosines = F.cosine_similarity(z.mean((2, 3))[:, None], means[None, :, :, 0, 0], dim=2)
+    assert (cosines.argmax(1) == y).float().mean() > 0.95
+
+
+@with_diffusion_folder
+def test_sphere_trains_and_samples(folder, cfg):
+    """diffusion.py --path=sphere, with REG: a checkpoint with the tokens' norm and no other statistics, resumed by its
+    own path alone; sample.py and align.py go by the checkpoint; other solvers, guides, joint training are refused."""
+    train_diffusion(cfg, path="sphere", align="reg", steps=4, save_interval=2, sample_interval=2, cache_dtype="fp32")
+    path = f"{cfg.out}/diffusion.pt"
+    entries = load(path)
+    latents = np.load(f"{cfg.out}/latents/train-flip/latents.npy")
+    norm = np.sqrt(np.square(latents.astype(np.float64)).sum(1).mean())
+    assert entries["config"]["path"] == "sphere" and not entries["latent_mean"].any()
+    np.testing.assert_allclose(entries["latent_std"] * 4 ** 0.5, np.full(4, norm), rtol=1e-5)
+    fails(lambda: train_diffusion(cfg, align="reg", steps=6), "path sphere, now linear")
+    train_diffusion(cfg, path="sphere", align="reg", steps=6)
+    assert load(path)["step"] == 6
+
+    plain = dict(sample.PRESETS["toy"], out=cfg.out, n=3, num_steps=5, compile=False, solver="euler")
+    decoded = []
+    decode = tokenizer.Tokenizer.decode
+    with mock.patch.object(tokenizer.Tokenizer, "decode", lambda tok, z: decoded.append(z) or decode(tok, z)):
+        write_samples(sample.Config(**plain))
+    np.testing.assert_allclose(decoded[0].norm(dim=1), np.full((16, 4, 4), norm), rtol=1e-4)
+    for solver in "ab2", "heun", "sde":
+        fails(lambda: write_samples(sample.Config(**dict(plain, solver=solver))), solver, "euler")
+    entries = load(path)
+    torch.save(dict(entries, latent_std=2 * entries["latent_std"]), f"{folder}/other.pt")
+    fails(lambda: write_samples(sample.Config(**plain, guide=f"{folder}/other.pt")), "other latents")
+    torch.save(dict(entries, arch=dict(entries["arch"], sphere=False)), f"{folder}/straight.pt")
+    fails(lambda: write_samples(sample.Config(**plain, guide=f"{folder}/straight.pt")), "sphere")
+    write_samples(sample.Config(**plain, guide=path))
+
+    with mock.patch.object(align, "load_vfm", tiny_vfm), torch.no_grad():
+        (subject,), vfms = align.load_subjects([path], WORLD)
+        dit, = subject.networks.values()
+        read = []
+        dit.x_embedder["proj"].register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+        vfms["toy"] = tiny_vfm("toy")
+        dict(align.pooled_features([subject], vfms, torch.randn(2, 3, 32, 32)))
+    np.testing.assert_allclose(read[0].norm(dim=1), np.full((2, 4, 4), 2.0), rtol=1e-5)
+    joint = align.Config(**{**align.PRESETS["toy"], "out": cfg.out, "steps": 1})
+    fails(lambda: align.train_jointly(joint, [path], WORLD), "--path=sphere", "joint training")
+    with mock.patch.object(Shapes, "lengths", dict(train=64, val=32)):
+        train_diffusion(cfg, path="sphere", text="toy", data="shapes", steps=1)
+    command(sample, f"--out={cfg.out}", "--num_steps=4", "--compile=0", "--n=2", "--solver=euler",
+            f"--prompt={Shapes('val').caption(0)}")
+    assert len(sampled(cfg.out)) == 2
+
+
 @with_diffusion_folder
 def test_wide_head_trains_and_samples(folder, cfg):
     """diffusion.py --head_depth --head_size, with REPA; sample.py --reuse, which a model without a head refuses."""
