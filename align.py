@@ -531,7 +531,7 @@ def train_jointly(cfg, paths, world):
 
 # Encoder, stages and losses alone differ: see STAGES["study"]. A blind VFM never saw classes.
 METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
-for name in ("vavae", "vfmvae", "aligntok", "rae"):
+for name in ("vavae", "vfmvae", "aligntok", "rae", "psvae"):
     METHODS[name] = dict(method=name)
     METHODS[f"{name}-blind"] = dict(method=name, vfm="toy-blind")
     METHODS[f"{name}-sphere"] = dict(method=name, path="sphere")  # diffusion.py's

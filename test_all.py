@@ -1310,6 +1310,10 @@ def test_defaults_of_every_method_are_built():
         rae, _ = tokenizer.build_tokenizer(tokenizer.Config(method="rae"), pretrained=False)
     assert (rae.downsample, rae.z_dim, rae.scale_factor) == (16, 768, 0.875)  # its decoder is "XL": ViT-MAE's sizes
     assert abs(millions(rae.vfm) - 86.6) < 0.1 and abs(millions(rae.decoder) - 414.4) < 1
+    with torch.device("meta"):
+        psvae, _ = tokenizer.build_tokenizer(tokenizer.Config(method="psvae"), pretrained=False)
+    assert (psvae.z_dim, psvae.vfm.embed_dim, len(psvae.adapter.blocks)) == (32, 768, 3)
+    assert abs(millions(psvae.decoder) - 42) < 1
     for method in ("aligntok", "vavae", "vae"):
         with torch.device("meta"):
             tok, vfm = tokenizer.build_tokenizer(tokenizer.Config(method=method), pretrained=False)
@@ -1603,7 +1607,7 @@ def test_generator_step_has_the_gradients_of_the_objective():
         trainer.objective(x).backward()
         plain = take_gradients(trainer.parameters)
         for name, on in (("vf_weight", stage.vf), ("gan_weight", stage.gan_adaptive), ("dino", stage.dino),
-                         ("preserve", stage.preserve), ("multires", stage.multires)):
+                         ("preserve", stage.preserve), ("semantic", stage.semantic), ("multires", stage.multires)):
             assert not on or values[name].abs() > 1e-4, (method, stage.name, name, values)
         total = torch.nn.utils.get_total_norm([grad for grad in plain if grad is not None])
         assert total > 0
@@ -1661,6 +1665,14 @@ def test_losses_add_up_as_the_recipe_says():
             distance = (mean - before.encode(x)[0]).square().mean()
             assert distance > 1e-4
             expected = expected + stage.preserve * distance * pixels
+        if stage.semantic:  # of the VFM before this stage
+            target = before.vfm(before.vfm.resize(x, scale=before.scale_factor))[0]
+            with torch.no_grad():
+                head = tok.semantic_head(mean)
+            unlike = 1 - (F.normalize(head, dim=2) * F.normalize(target, dim=2)).sum(2).mean()
+            distance = (head - target).square().mean() + unlike
+            assert distance > 0.1
+            expected = expected + stage.semantic * distance * (pixels if stage.summed else 1)
         torch.testing.assert_close(fixed, torch.as_tensor(expected), rtol=1e-4, atol=1e-9)
         assert (vf is not None) == (stage.vf > 0)
         if stage.vf:
@@ -1688,6 +1700,49 @@ def test_losses_add_up_as_the_recipe_says():
 
 
 @with_tiny_vfm
+def test_detached_pixels():
+    """PS-VAE's first stage: what losses on images weigh does not move the encoder's gradients by a bit; without other
+    losses it has none; its second stage lets them through, to the VFM as well."""
+    x = image(8, 3, 32, 32) * 2 - 1
+    found = []
+    trainer = tiny_trainer("psvae", recipe="toy")
+    first, second = tokenizer.STAGES["toy"]["psvae"]
+    tok = trainer.tokenizer
+    for row, changes in (first, {}), (first, dict(l1=7.0)), (first, dict(semantic=0.0, kl=0.0)), (
+            second, dict(semantic=0.0, kl=0.0)):
+        trainer.start_stage(dataclasses.replace(row, **changes))
+        torch.manual_seed(5)
+        trainer.generator_step(x, None, 0, 0)
+        assert tok.decoder.conv_out.weight.grad.abs().sum() > 0
+        found.append({name: p.grad for name, p in tok.named_parameters() if p.grad is not None})
+        tok.zero_grad()
+    encoders = [{name: grad for name, grad in grads.items() if not name.startswith("decoder.")} for grads in found]
+    assert encoders[0].keys() == encoders[1].keys() and encoders[0]
+    assert all(torch.equal(grad, encoders[1][name]) for name, grad in encoders[0].items())
+    assert not encoders[2] and any(name.startswith("vfm.") and grad.any() for name, grad in encoders[3].items())
+
+
+@with_tiny_vfm
+def test_semantic_loss_of_every_method():
+    """The column serves each method that trains an encoder, its VFM's tokens pooled to the latents' grid; the head
+    learns them."""
+    pixels = (image(8, 3, 32, 32) * 255).to(torch.uint8), torch.zeros(8, dtype=torch.long)
+    for method in ("vfmvae", "aligntok", "vavae", "vae"):
+        row = dataclasses.replace(tokenizer.STAGES["toy"][method][0], semantic=1.0, lr=2e-3)
+        with mock.patch.dict(tokenizer.STAGES["toy"], {method: [row]}):
+            trainer = tiny_trainer(method, recipe="toy")
+            trainer.start_stage(row)
+            losses = [trainer.step([pixels], step, 0)["semantic"] for step in range(10)]
+        assert losses[-1] < 0.95 * losses[0], (method, losses[0], losses[-1])
+    tokens = torch.arange(16.0).view(1, 16, 1).expand(1, 16, 3) + torch.randn(1, 16, 3)
+    pooled = F.avg_pool2d(tokens.mT.unflatten(2, (4, 4)), 2).flatten(2).mT
+    guess = torch.randn(1, 4, 3)
+    cosines = (guess * pooled).sum(2) / guess.norm(dim=2) / pooled.norm(dim=2)
+    want = (guess - pooled).square().mean() + (1 - cosines).mean()
+    torch.testing.assert_close(tokenizer.semantic_loss(guess, tokens, (2, 2)), want)
+
+
+@with_tiny_vfm
 def test_discriminators_learn_to_tell():
     """After twenty steps of a discriminator of each kind, the generator's loss is larger for fakes than for reals."""
     real = image(8, 3, 32, 32) * 2 - 1
@@ -1709,7 +1764,7 @@ def test_discriminators_learn_to_tell():
 def test_frozen_vfm_runs_once():
     """A step runs the VFM once, for the encoder and the VF loss together, and keeps none of its activations."""
     batch = (image(8, 3, 32, 32) * 255).to(torch.uint8), torch.zeros(8, dtype=torch.long)
-    for method in ("vfmvae", "aligntok", "vavae"):
+    for method in ("vfmvae", "aligntok", "vavae", "psvae"):
         trainer = tiny_trainer(method, recipe="toy")
         trainer.start_stage(tokenizer.STAGES["toy"][method][0])
         levels = []
@@ -1753,7 +1808,7 @@ def test_use_weights():
     assert torch.equal(module.weight, before["weight"])
 
 
-PARTS = dict(encoder=("vfm.",), adapter=("adapter.", "vf_proj."), decoder=("decoder.",), high=("decoder.",))
+PARTS = dict(encoder=("vfm.",), adapter=("adapter.", "vf_proj.", "semantic_head."), decoder=("decoder.",), high=("decoder.",))
 
 
 @with_tiny_vfm
@@ -1785,7 +1840,8 @@ def test_every_stage_trains_what_it_names():
 def test_every_loss_of_a_row_is_reported():
     """A step names each loss that its row weighs, and no other; discriminators are silent before their time."""
     batch = (image(8, 3, 32, 32) * 255).to(torch.uint8), torch.zeros(8, dtype=torch.long)
-    columns = ("l1", "lpips", "ssim", "multires", "kl", "vf", "preserve", "dino", "patch", "multi", "matching")
+    columns = (
+        "l1", "lpips", "ssim", "multires", "kl", "vf", "preserve", "semantic", "dino", "patch", "multi", "matching")
     for _, method, stage in every_row("paper"):
         trainer = tiny_trainer(method)
         trainer.start_stage(stage)
@@ -1900,7 +1956,7 @@ def train_with_interruptions(cfg, after):
 def test_tokenizer_resumes_exactly():
     """Stopped in the middle of a stage, and in later ones, the run ends with the same bits as one that was not
     stopped."""
-    for method in ("vfmvae", "aligntok"):
+    for method in ("vfmvae", "aligntok", "psvae"):
         with tempfile.TemporaryDirectory() as folder:
             cfg = tiny_config(f"{folder}/whole", method=method, save_interval=2)
             quiet(tokenizer.train, cfg, WORLD)
@@ -4928,7 +4984,8 @@ def test_joint_training_resumes_bit_for_bit():
 def test_joint_training_of_every_method():
     """Each tokenizer's own losses stand beside those of a plain diffusion model, which gets a projection where a side
     is aligned; with accumulation."""
-    for method, side in (("vfmvae", "tokenizer"), ("aligntok", "both"), ("vavae", "diffusion"), ("vae", "none")):
+    for method, side in (
+            ("vfmvae", "tokenizer"), ("aligntok", "both"), ("vavae", "diffusion"), ("vae", "none"), ("psvae", "both")):
         with small_world((method,)) as folder:
             run_align(folder, *JOINT, f"--side={side}", "--accumulate=2", "--log_interval=1")
             logged = [json.loads(line) for line in Path(folder, f"joint-{side}", "log.jsonl").read_text().splitlines()]

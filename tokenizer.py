@@ -2,7 +2,7 @@
 Tokenizers on vision foundation models (VFMs): what all scripts share, and tokenizer training.
 
     python tokenizer.py  # toy: a VFM-VAE on drawn shapes, minutes on a laptop
-    python tokenizer.py --method=aligntok  # AlignTok's three stages; also vavae, vae, rae
+    python tokenizer.py --method=aligntok  # AlignTok's three stages; also vavae, vae, rae, psvae
     python tokenizer.py --preset=imagenet  # the paper's, on data/imagenet/{train,val}
     torchrun --nproc_per_node=8 tokenizer.py  # the same on eight GPUs
     python tokenizer.py --bench=20  # time steps of every stage on random data
@@ -21,6 +21,7 @@ VFM-VAE (arXiv 2510.18457) for ImageNet:
 AlignTok (2509.25162): DINOv2-L, trained in its second stage -> PointwiseAdapter -> z -> LDM's decoder.
 VA-VAE (2501.01423) and the plain VAE (2112.10752): LDM's encoder and decoder.
 RAE (2510.11690): DINOv2-B's own tokens are the latents; a ViT decodes them.
+PS-VAE (2512.17909): DINOv2-B -> BlocksAdapter -> z -> LDM's decoder, and z -> semantic_head -> DINOv2-B's tokens.
 """
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ from tqdm import tqdm
 @dataclass
 class Config:
     preset: str = ""  # imagenet (given CUDA and data/imagenet/train) or toy
-    method: Literal["vfmvae", "aligntok", "vavae", "vae", "rae"] = "vfmvae"
+    method: Literal["vfmvae", "aligntok", "vavae", "vae", "rae", "psvae"] = "vfmvae"
     recipe: Literal["paper", "toy", "study"] = "paper"  # rows of STAGES
     stage: int = 0  # this alone, from the one before's checkpoint; 0: all
     out: str = "out"  # checkpoints, logs, grids
@@ -153,7 +154,7 @@ class Stage:
     lr: float = 1e-4  # Adam's, both networks
     encoder_lr: float = 1e-5  # ... of a VFM that is trained (ours)
     betas: tuple = (0.0, 0.99)
-    summed: bool = False  # l1, lpips, preserve: sums over C, H, W (LDM), not means
+    summed: bool = False  # l1, lpips, preserve, semantic: sums over C, H, W (LDM), not means
     sample: bool = True  # of the posterior, not its mean
     noise: float = 0.0  # the decoder's latents get sigma n, sigma of each image from U(0, noise) (RAE, HAE)
     l1: float = 1.0
@@ -165,6 +166,8 @@ class Stage:
     vf: float = 0.0  # times the adaptive weight
     vf_margins: tuple = (0.0, 0.0)  # of the similarity matrices, of the cosine
     preserve: float = 0.0  # AlignTok's
+    semantic: float = 0.0  # the VFM's tokens, as it came, by a head on the latent: L2 and cosine (PS-VAE)
+    detach: bool = False  # losses on images do not reach the encoder
     dino: float = 0.0  # projected discriminator, hinge
     patch: float = 0.0  # PatchGAN, hinge
     multi: float = 0.0  # three-scale PatchGAN, least squares
@@ -174,13 +177,14 @@ class Stage:
     equivariance: bool = False  # VFM-VAE's regularisation
 
     def weight(self, name, images):
-        summed = self.summed and name in ("l1", "lpips", "preserve")
+        summed = self.summed and name in ("l1", "lpips", "preserve", "semantic")
         return getattr(self, name) * (images[0].numel() if summed else 1)
 
 
 # VFM-VAE: as published. VA-VAE: 130 epochs of ImageNet (1,281 kimg), then with margins; vae: latent diffusion's losses
 # for as long; LDM's GAN starts after 5,000 steps of 256. AlignTok: no KL, no sampling, preservation 1 (3 for text to
-# image), by later notes on the paper; its lengths, learning rates, and preservation's scale are ours.
+# image), by later notes on the paper; its lengths, learning rates, and preservation's scale are ours. PS-VAE: weights
+# and learning rates; its lengths, and the LDM losses that the pixels' weight multiplies, are ours.
 BOTH = "adapter decoder"
 ALL = "encoder adapter decoder"
 fusion = functools.partial(Stage, dino=1.0)
@@ -203,7 +207,11 @@ PAPER = dict(
     vae=[ldm("reconstruction", 166_500, BOTH, kl=1e-6, gan_start_kimg=1_280)],
     # 16 epochs; its discriminator starts two epochs before its loss, its rates fall tenfold
     rae=[fusion("decoder", 20_500, "decoder", lr=2e-4, betas=(0.9, 0.95), sample=False, noise=0.8, lpips=1.0, dino=0.75,
-                gan_adaptive=True, gan_start_kimg=10_250)])
+                gan_adaptive=True, gan_start_kimg=10_250)],
+    psvae=[
+        ldm("semantic latents", 19_200, BOTH, summed=False, l1=0.1, lpips=0.1, kl=1e-6, semantic=1.0, detach=True,
+            gan_start_kimg=1_280),
+        ldm("pixels", 38_400, ALL, summed=False, l1=0.1, lpips=0.1, kl=1e-6, semantic=1.0, encoder_lr=1e-4)])
 
 
 def short_rows(ldm, strong, weak):
@@ -217,7 +225,10 @@ def short_rows(ldm, strong, weak):
             ldm("strong alignment", 21.6, BOTH, vf=strong, kl=1e-6),
             ldm("weak alignment", 3.2, BOTH, vf=weak, kl=1e-6),
             ldm("margins", 3.2, BOTH, vf=weak, kl=1e-6, vf_margins=(0.25, 0.5))],
-        vae=[ldm("reconstruction", 28.0, BOTH, kl=1e-6)])
+        vae=[ldm("reconstruction", 28.0, BOTH, kl=1e-6)],
+        psvae=[
+            ldm("semantic latents", 9.6, BOTH, kl=1e-6, semantic=1.0, detach=True),
+            ldm("pixels", 18.4, ALL, kl=1e-6, semantic=1.0)])
 
 
 # High learning rates, low alignment and perceptual weights, no GAN. LDM's stay grey at VFM-VAE's rate.
@@ -588,6 +599,34 @@ class PointwiseAdapter(nn.Module):
         return self.net[-1].weight
 
 
+def transformer(dim, num_heads, depth=3):
+    return nn.Sequential(*(ViTBlock(dim, num_heads, 4 * dim, "gelu") for _ in range(depth)))
+
+
+class BlocksAdapter(PointwiseAdapter):
+    """PS-VAE's (arXiv 2512.17909): three transformer blocks before the MLP."""
+
+    def __init__(self, dim, num_heads, z_dim):
+        super().__init__(dim, dim, z_dim)
+        self.blocks = transformer(dim, num_heads)
+
+    def forward(self, features, grid):
+        return super().forward([self.blocks(features[-1])], grid)
+
+
+class SemanticHead(nn.Module):
+    """PS-VAE's Ds: latents [B, C, h, w] -> a VFM's tokens [B, h w, D], `BlocksAdapter` the other way round."""
+
+    def __init__(self, z_dim, dim, num_heads):
+        super().__init__()
+        self.embed = nn.Linear(z_dim, dim)
+        self.blocks = transformer(dim, num_heads)
+        self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, z):
+        return self.net(self.blocks(self.embed(z.flatten(2).mT)))
+
+
 class IdentityAdapter(nn.Module):
     """RAE's: the VFM's last tokens are the latents, their LayerNorm without affine (arXiv 2510.11690, section 3)."""
 
@@ -906,13 +945,14 @@ class ViTDecoder(nn.Module):
 class Tokenizer(nn.Module):
     """encode: images [B, 3, H, W] in [-1, 1] -> mean, logvar [B, C, H/f, W/f]; decode: latents -> images.
 
-    The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, RAE's if `adapter_kind` is "identity", else
-    AlignTok's) or LDM's; modules' arguments are dictionaries. Tokenizer(**tokenizer.arch) is the same model."""
+    The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, RAE's if `adapter_kind` is "identity", PS-VAE's if
+    "blocks", else AlignTok's) or LDM's; modules' arguments are dictionaries. Tokenizer(**tokenizer.arch) is the same
+    model."""
 
     def __init__(
             self, resolution=256, downsample=16, z_dim=32, vfm=None, layers=(0, 12, -1), scale_factor=2.0,
             level_dims=None, adapter_hidden=0, encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0,
-            adapter_kind=""):
+            adapter_kind="", semantic_head=None):
         super().__init__()
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.resolution = resolution
@@ -936,6 +976,8 @@ class Tokenizer(nn.Module):
                 if z_dim != dim:
                     raise UserError(f"latents of {z_dim} channels are not the tokens of a VFM of {dim}")
                 self.adapter = IdentityAdapter()
+            elif adapter_kind == "blocks":
+                self.adapter = BlocksAdapter(dim, self.vfm.blocks[0].attn.num_heads, z_dim)
             else:
                 self.adapter = PointwiseAdapter(dim, adapter_hidden or dim, z_dim)
         else:
@@ -947,6 +989,7 @@ class Tokenizer(nn.Module):
         else:
             self.decoder = LDMDecoder(z_dim, **decoder)
         self.vf_proj = pointwise(z_dim, vf_dim, bias=False) if vf_dim else None  # for the VF loss alone
+        self.semantic_head = SemanticHead(z_dim, **semantic_head) if semantic_head else None  # for its loss alone
 
     def features(self, images):
         """What the adapter reads: the VFM's levels, or images."""
@@ -979,17 +1022,19 @@ class Tokenizer(nn.Module):
 
 def vfm_of(cfg):
     """(name, scale factor) of the method's VFM: the configured, or the paper's."""
-    own = dict(vfmvae=("siglip2-large-patch16-512", 2.0), rae=("dinov2_vitb14_reg", 0.875))
+    own = dict(
+        vfmvae=("siglip2-large-patch16-512", 2.0), rae=("dinov2_vitb14_reg", 0.875), psvae=("dinov2_vitb14", 0.875))
     name, scale = own.get(cfg.method, ("dinov2_vitl14", 0.875))
     return cfg.vfm or name, cfg.scale_factor or scale
 
 
 def build_tokenizer(cfg, pretrained=True):
-    """-> an untrained Tokenizer (its VFM pretrained), the VF loss's VFM if another."""
+    """-> an untrained Tokenizer (its VFM pretrained), the VF or semantic loss's VFM if another."""
     name, scale = vfm_of(cfg)
-    on_vfm = cfg.method in ("vfmvae", "aligntok", "rae")
+    on_vfm = cfg.method in ("vfmvae", "aligntok", "rae", "psvae")
     vf = any(stage.vf for stage in stages_of(cfg))
-    vfm = load_vfm(name, cfg.cache, pretrained) if vf or on_vfm else None
+    semantic = any(stage.semantic for stage in stages_of(cfg))
+    vfm = load_vfm(name, cfg.cache, pretrained) if vf or semantic or on_vfm else None
     kind = cfg.decoder or dict(vfmvae="vfmvae", rae="vit").get(cfg.method, "ldm")
     convs = dict(
         ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.ldm_blocks, groups=cfg.groups,
@@ -1007,8 +1052,12 @@ def build_tokenizer(cfg, pretrained=True):
         arch.update(vfm=vfm.config, scale_factor=scale, layers=(-1,))
     else:
         arch.update(encoder=convs, scale_factor=1.0)
+    if semantic:
+        arch["semantic_head"] = dict(dim=vfm.embed_dim, num_heads=vfm.blocks[0].attn.num_heads)
     if cfg.method == "rae":
         arch.update(z_dim=vfm.embed_dim, layers=(vfm.depth,), adapter_kind="identity")
+    elif cfg.method == "psvae":
+        arch["adapter_kind"] = "blocks"
     elif cfg.method == "vfmvae":
         arch.update(layers=cfg.layers, level_dims=(cfg.level_dim,) * len(cfg.layers))
         if cfg.layers[-1:] != (-1,):
@@ -1036,12 +1085,24 @@ def kl_loss(mean, logvar):
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
 
+def pool_tokens(features, grid):
+    """A VFM's tokens [B, N, D], detached, pooled to the latents' (h, w) -> [B, D, h, w]."""
+    side = math.isqrt(features.shape[1] * grid[0] // grid[1])
+    return F.adaptive_avg_pool2d(features.detach().float().mT.unflatten(2, (side, -1)), grid)
+
+
+def semantic_loss(predicted, features, grid):
+    """PS-VAE's (arXiv 2512.17909): predicted tokens [B, h w, D] against the VFM's [B, N, D], pooled to (h, w): mean
+    squared error, and 1 - cosine."""
+    predicted = predicted.float()
+    target = pool_tokens(features, grid).flatten(2).mT  # [B, h w, D]
+    return F.mse_loss(predicted, target) + 1 - F.cosine_similarity(predicted, target, dim=2).mean()
+
+
 def vf_loss(projected, features, margin_matrix=0.0, margin_cos=0.0):
     """VA-VAE's VF loss (arXiv 2501.01423, section 3.2), VFM-VAE's representation regularisation: projected latents
     [B, D, h, w] against the VFM's tokens [B, N, D], pooled to their grid: cosines over all pairs, and one by one."""
-    side = math.isqrt(features.shape[1] * projected.shape[2] // projected.shape[3])
-    target = features.detach().float().mT.unflatten(2, (side, -1))  # [B, D, H, W]
-    f = F.normalize(F.adaptive_avg_pool2d(target, projected.shape[2:]).flatten(2), dim=1)  # [B, D, h w]
+    f = F.normalize(pool_tokens(features, projected.shape[2:]).flatten(2), dim=1)  # [B, D, h w]
     z = F.normalize(projected.float().flatten(2), dim=1)  # [B, D, h w]
     matrix = F.relu((z.mT @ z - f.mT @ f).abs() - margin_matrix).mean()
     return matrix + F.relu(1 - margin_cos - (z * f).sum(1)).mean()
@@ -1083,11 +1144,13 @@ class Trainer:
         stage, tok = self.stage, self.tokenizer
         mean, logvar, features = self.encode(images)
         z = self.draw_latent(mean, logvar)
-        outputs = self.decode(z, images_seen)
+        outputs = self.decode(z.detach() if stage.detach else z, images_seen)
         reconstruction, _ = self.reconstruction_loss(outputs, images)  # L1, LPIPS, SSIM, multi-resolution L1
         loss = reconstruction + stage.kl * kl_loss(mean, logvar)
         if stage.preserve:
             loss = loss + stage.weight("preserve", images) * self.preserve_loss(images, mean)
+        if stage.semantic:
+            loss = loss + stage.weight("semantic", images) * self.semantic_loss(images, z, features)
         if stage.vf:
             vf = vf_loss(tok.vf_proj(z), features[-1], *stage.vf_margins)
             loss = loss + stage.vf * adaptive_weight(reconstruction, vf, tok.adapter.last_weight(), 1e8) * vf
@@ -1149,9 +1212,9 @@ class Trainer:
             self.gan_optimizer = adam(self.gan_parameters)
             if stage.dino and cfg.compile:
                 self.gan.dino.vit.compile(dynamic=False)
-        if not stage.preserve:
+        if not (stage.preserve or stage.semantic and "encoder" in stage.trains):
             self.anchor = None
-        elif self.anchor is None:  # AlignTok's frozen stage-1 encoder
+        elif self.anchor is None:  # the frozen encoder of the stage before
             memo = {id(self.tokenizer.decoder): None}
             self.anchor = copy.deepcopy(self.tokenizer, memo).requires_grad_(False)
             if cfg.compile:
@@ -1221,8 +1284,15 @@ class Trainer:
             anchor, _ = self.anchor.posterior(self.anchor.features(images), *images.shape[-2:])
         return F.mse_loss(mean, anchor)
 
+    def semantic_loss(self, images, z, features):
+        with self.world.autocast():
+            if self.anchor:  # this stage trains the VFM
+                features = self.anchor.features(images)
+            predicted = self.tokenizer.semantic_head(z)
+        return semantic_loss(predicted, features[-1], z.shape[2:])
+
     def latent_losses(self, images, labels, z, mean, logvar, features, whole):
-        """Losses that bypass the decoder -> values, weighted sum of KL and preservation, VF loss or None. `images`: as
+        """Losses that bypass the decoder -> values, weighted sum without the VF loss, that or None. `images`: as
         encoded; `whole` (as read), `labels`: for joint training."""
         stage = self.stage
         values = {}
@@ -1230,6 +1300,8 @@ class Trainer:
             values["kl"] = kl_loss(mean, logvar)
         if stage.preserve:
             values["preserve"] = self.preserve_loss(images, mean)
+        if stage.semantic:
+            values["semantic"] = self.semantic_loss(images, z, features)
         fixed = self.weigh(values, images)
         vf = None
         if stage.vf:
@@ -1323,7 +1395,8 @@ class Trainer:
             values["vf_weight"] = stage.vf * adaptive_weight(ours, vf, tok.adapter.last_weight(), 1e8)
             fixed = fixed + values["vf_weight"] * vf
         if latent.requires_grad:
-            (stand_in(moved, latent.grad) + share * fixed).backward()
+            pixels = 0 if stage.detach else stand_in(moved, latent.grad)
+            (pixels + share * fixed).backward()
         return {k: v.detach() for k, v in values.items()}, leaves[-1].detach(), target
 
     def discriminator_step(self, fake, target, share=1.0):
@@ -1365,7 +1438,7 @@ def select_parameters(tok, trains):
         high = decoder.blocks[-3:]
     else:
         high = [*decoder.up[:3], decoder.norm_out, decoder.conv_out]
-    parts = dict(encoder=[tok.vfm], adapter=[tok.adapter, tok.vf_proj], decoder=[decoder], high=high)
+    parts = dict(encoder=[tok.vfm], adapter=[tok.adapter, tok.vf_proj, tok.semantic_head], decoder=[decoder], high=high)
     groups = {}
     for name in trains.split():
         modules = nn.ModuleList(part for part in parts[name] if part is not None)
@@ -1518,9 +1591,10 @@ def train(cfg, world):
     flops = training_flops(cfg, tok) if world.device.type == "cuda" else {}
     trainer = Trainer(cfg, tok, world, vfm, length_scale)
     ema = {}
+    vfm_trains = any("encoder" in stage.trains for stage in stages_of(cfg))
     with reading(path):
         for name, p in tok.named_parameters():
-            if cfg.method == "aligntok" or not name.startswith("vfm."):  # VFM-VAE's never trains
+            if vfm_trains or not name.startswith("vfm."):
                 ema[name] = entries["ema"][name].to(world.device) if entries else p.detach().clone()
     if world.rank == 0:
         millions = sum(p.numel() for p in tok.parameters()) / 1e6
