@@ -227,7 +227,7 @@ def pooled_features(subjects, vfms, images):
     for subject in subjects:
         tok = subject.tokenizer
         # `encode` without the decoder's size check
-        z = tok.moments(tok.features(images), side, side).float().chunk(2, 1)[0]  # [B, C, h, w]
+        z = tok.quantize(tok.moments(tok.features(images), side, side).float().chunk(2, 1)[0])  # [B, C, h, w]
         yield (subject.name, "latents"), z.mean((2, 3))
         for name, dit in subject.networks.items():
             statistics = (maps(dit.about[key]).to(z) for key in ("latent_mean", "latent_std"))
@@ -534,6 +534,7 @@ METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
 for name in ("vavae", "vfmvae", "aligntok", "rae", "psvae"):
     METHODS[name] = dict(method=name)
     METHODS[f"{name}-blind"] = dict(method=name, vfm="toy-blind")
+    METHODS[f"{name}-simvq"] = dict(method=name, quantizer="simvq")
     METHODS[f"{name}-sphere"] = dict(method=name, path="sphere")  # diffusion.py's
 QUALITIES = ("SE-CKNNA", "CKNNA", "SE-CKNNA to toy", "SE-CKNNA to toy-blind", "probe", "PSNR", "rFD", "rAccuracy")
 OUTCOMES = ("gFD", "gFD to reconstructions", "accuracy")

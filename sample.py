@@ -5,7 +5,8 @@ Images from a diffusion checkpoint (solvers: diffusion.py), reconstructions of a
     torchrun --nproc_per_node=8 sample.py --preset=imagenet  # 50,000 for FID
     python sample.py --ckpt=lightningdit-xl.pt --tokenizer=vfmvae.pth --latent_stats=latents_stats.pt
     python sample.py --prompt="a large red star at the upper left on a blue background, stripes|a ..."
-    python sample.py --reconstruct=FOLDER  # through the tokenizer
+    python sample.py --reconstruct=FOLDER  # through the tokenizer; its codes -> out/tokens.npz
+    python sample.py --reconstruct=out/tokens.npz
     python sample.py --bench=20  # time guided evaluations
 """
 import math
@@ -21,7 +22,8 @@ from diffusion import Config as DiffusionConfig
 from diffusion import DiT, Sampling, bench_arch, caption_states, generate, guided, load_diffusion, ode, sde
 from tokenizer import (
     Images, Positive, Shapes, ShapesText, UserError, fingerprint, init_world, load_text, load_tokenizer, load_weights,
-    main, make_loader, parse_config, read_json, replacing, save_grid, time_steps, to_float, to_uint8, write_json)
+    main, make_loader, parse_config, read_json, reading, replacing, save_grid, time_steps, to_float, to_uint8,
+    write_json)
 
 import numpy as np
 import torch
@@ -61,7 +63,7 @@ class Config:
     npz: bool = True  # also write OUT/samples.npz (ADM's format)
     bench: int = 0  # time so many guided evaluations: of --ckpt, or random weights of the preset's size
     peak_tflops: float = 0.0  # the device's, for MFU; 0: PEAK_TFLOPS
-    reconstruct: str = ""  # folder of images: just reconstruct them
+    reconstruct: str = ""  # folder of images, or tokens.npz: just reconstruct them
 
 
 PLAIN = dict(cfg_interval=(0.0, 1.0), cfg_channels=0, timestep_shift=0.0)
@@ -227,7 +229,7 @@ def write_samples(cfg, world):
 
 def reconstruct(cfg, world):
     """Every image of a folder, cropped to the tokenizer's resolution, in OUT/originals, and decoded again in
-    OUT/reconstructions (for fid.py --pairs=1)."""
+    OUT/reconstructions (for fid.py --pairs=1); codes' indices in OUT/tokens.npz: names [N], tokens [N, h, w]."""
     tok = load_tokenizer(cfg.tokenizer or f"{cfg.out}/tokenizer.pt").to(world.device)
     if not os.path.isdir(cfg.reconstruct):
         raise UserError(f"no folder {cfg.reconstruct}")
@@ -241,15 +243,38 @@ def reconstruct(cfg, world):
     mine = range(len(names))[world.rank::world.size]
     batches = [list(mine[k:k + cfg.batch_size]) for k in range(0, len(mine), cfg.batch_size)]
     loader = make_loader(data, batches, world, workers=4)
+    side = tok.resolution // tok.downsample
+    tokens = torch.zeros(len(names), side, side, dtype=torch.int32, device=world.device)
     for batch, (pixels, _) in zip(batches, tqdm(loader, desc="reconstructing", disable=world.rank > 0)):
         with torch.inference_mode():
             z, _ = tok.encode(to_float(pixels.to(world.device)))  # [B, C, h, w]
             decoded = to_uint8(tok.decode(z)).cpu()
+            if tok.quantizer is not None:
+                tokens[batch] = tok.quantizer(z)[1].int()
         for i, before, after in zip(batch, pixels, decoded):
             write_png(originals / names[i], before)
             write_png(copies / names[i], after)
+    world.sum(tokens)
     if world.rank == 0:
         print(f"{len(names):,} images in {copies}, {originals}")
+        if tok.quantizer is not None:
+            with replacing(Path(cfg.out, "tokens.npz")) as temporary, open(temporary, "wb") as file:
+                np.savez(file, names=list(map(str, names)), tokens=tokens.cpu())
+
+
+def decode_tokens(cfg, world):
+    """The images of such a tokens.npz in OUT/reconstructions."""
+    tok = load_tokenizer(cfg.tokenizer or f"{cfg.out}/tokenizer.pt").to(world.device)
+    with reading(cfg.reconstruct), np.load(cfg.reconstruct) as archive:
+        names = [os.path.normpath(f"/{name}").lstrip("/") for name in archive["names"]]  # below OUT
+        tokens = torch.from_numpy(archive["tokens"]).long()
+        if tok.quantizer is None or not 0 <= tokens.min() <= tokens.max() < len(tok.quantizer.codebook):
+            raise UserError(f"{cfg.reconstruct} holds other codes than the tokenizer's")
+    for part in torch.arange(len(names))[world.rank::world.size].split(cfg.batch_size):
+        with torch.inference_mode():
+            images = to_uint8(tok.decode(tok.quantizer.lookup(tokens[part].to(world.device)))).cpu()
+        for i, pixels in zip(part, images):
+            write_png(Path(cfg.out, "reconstructions", names[i]), pixels)
 
 
 @torch.no_grad()
@@ -280,6 +305,8 @@ def run():
     world = init_world(cfg.out, peak_tflops=cfg.peak_tflops)
     if cfg.bench:
         bench(cfg, world)
+    elif cfg.reconstruct.endswith(".npz"):
+        decode_tokens(cfg, world)
     elif cfg.reconstruct:
         reconstruct(cfg, world)
     else:

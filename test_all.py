@@ -1699,6 +1699,105 @@ def test_losses_add_up_as_the_recipe_says():
             torch.testing.assert_close(found, sum(getattr(stage, name) * value for name, value in parts.items()))
 
 
+def test_simvq():
+    """The nearest of all codes W c, one by one, also under bf16 autocast; read back by index; a code is its own nearest.
+    The loss reaches W and, a quarter as much, the latents."""
+    torch.manual_seed(0)
+    net = tokenizer.SimVQ(6, 50)
+    z = torch.randn(2, 6, 3, 4)
+    codes, indices = net(z)
+    assert codes.shape == z.shape and indices.shape == (2, 3, 4) and len(indices.unique()) > 5
+    every = net.codebook @ net.W.weight.T
+    for b, i, j in np.ndindex(2, 3, 4):
+        nearest = min(range(50), key=lambda k: (every[k] - z[b, :, i, j]).norm().item())
+        assert indices[b, i, j] == nearest
+        torch.testing.assert_close(codes[b, :, i, j], every[nearest])
+    assert torch.equal(net.lookup(indices), codes) and torch.equal(net(codes)[1], indices)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(z)[1], indices)
+    assert [name for name, _ in net.named_parameters()] == ["W.weight"]
+    loss = tokenizer.commit_loss(z.requires_grad_(), codes)
+    torch.testing.assert_close(loss, 1.25 * (z - codes).square().mean())
+    loss.backward()
+    torch.testing.assert_close(z.grad, 0.25 * 2 * (z - codes).detach() / z.numel())
+    offset = 2 * (codes - z).detach().movedim(1, -1).flatten(0, 2) / z.numel()  # [n, C]
+    torch.testing.assert_close(net.W.weight.grad, offset.T @ net.codebook[indices.flatten()])
+
+
+@with_tiny_vfm
+def test_quantized_training():
+    """Each method on codes, rae's too (VQRAE): the decoder sees codes, whose gradients are the latents'; losses,
+    gradients are the plain objective's, the share of codes used is reported; W trains with the decoder, the codebook
+    never; what is encoded is codes."""
+    x = image(8, 3, 32, 32) * 2 - 1
+    for method, stages in tokenizer.STAGES["toy"].items():
+        trainer = tiny_trainer(method, recipe="toy", quantizer="simvq", codebook=64)
+        tok = trainer.tokenizer
+        trainer.start_stage(dataclasses.replace(stages[0], commit=0.7, noise=0.0))
+        fixed_codes = tok.quantizer.codebook.clone()
+        mean, logvar, _ = trainer.encode(x)
+        mean = mean.detach().requires_grad_()
+        z = trainer.draw_latent(mean, logvar)
+        codes, indices = tok.quantizer(mean)
+        torch.testing.assert_close(z, codes)
+        torch.testing.assert_close(tok.encode(x)[0], codes)
+        slope = torch.randn_like(z)
+        assert torch.equal(torch.autograd.grad(z, mean, slope)[0], slope)
+        torch.manual_seed(5)
+        values, _, _ = trainer.generator_step(x, None, 0, 0)
+        torch.testing.assert_close(values["commit"], 1.25 * (mean - codes).square().mean().detach())
+        torch.testing.assert_close(values["codes"], torch.tensor(len(indices.unique()) / 64))
+        fast = take_gradients(trainer.parameters)
+        torch.manual_seed(5)
+        trainer.objective(x).backward()
+        plain = take_gradients(trainer.parameters)
+        total = torch.nn.utils.get_total_norm([grad for grad in plain if grad is not None])
+        for p, a, b in zip(trainer.parameters, fast, plain):
+            assert (a is None) == (b is None) and (a is None or (a - b).norm() < 2e-5 * total), (method, p.shape)
+        before = tok.quantizer.W.weight.clone()
+        trainer.step([((image(8, 3, 32, 32) * 255).to(torch.uint8), torch.zeros(8).long())], 0, 0)
+        assert not torch.equal(tok.quantizer.W.weight, before) and torch.equal(tok.quantizer.codebook, fixed_codes)
+
+
+@with_tiny_vfm
+def test_tokens_are_written_and_read():
+    """sample.py --reconstruct writes a discrete tokenizer's indices, which decode to the same pixels elsewhere, never
+    outside --out; diffusion and alignment see codes; tokens of another tokenizer are refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        quiet(tokenizer.train, tiny_config(str(out), quantizer="simvq", codebook=64, kimg=0.032), WORLD)
+        assert all(0 < line["codes"] <= 1 and line["commit"] >= 0 for line in read_log(out))
+        tok = tokenizer.load_tokenizer(out / "tokenizer.pt")
+        for i in range(5):
+            path = Path(folder, "images", str(i % 2), f"{i}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(Shapes("val").draw(np.arange(i, i + 1))[0].transpose(1, 2, 0)).save(path)
+        command(sample, f"--reconstruct={folder}/images", f"--out={out}", "--batch_size=2")
+        with np.load(out / "tokens.npz") as archive:
+            names, tokens = archive["names"], archive["tokens"]
+        assert tokens.shape == (5, 4, 4) and set(names) == {f"{i % 2}/{i}.png" for i in range(5)}
+        command(sample, f"--reconstruct={out}/tokens.npz", f"--out={folder}/again", "--batch_size=2",
+                f"--tokenizer={out}/tokenizer.pt")
+        for name in names:
+            a, b = (Path(where, "reconstructions", name).read_bytes() for where in (out, f"{folder}/again"))
+            assert a == b, name
+        pixels = np.asarray(Image.open(out / "originals" / names[0]))
+        x = tokenizer.to_float(torch.from_numpy(pixels).movedim(2, 0)[None])
+        z = tok.encode(x)[0]
+        torch.testing.assert_close(z, tok.quantizer.lookup(torch.from_numpy(tokens[:1]).long()))
+        subject = align.Subject("it", tok, "")
+        found = dict(align.pooled_features([subject], {}, x))
+        torch.testing.assert_close(found["it", "latents"], z.mean((2, 3)))
+        np.savez(f"{folder}/other.npz", names=["../../0.png"], tokens=tokens[:1])
+        command(sample, f"--reconstruct={folder}/other.npz", f"--out={folder}/far", f"--tokenizer={out}/tokenizer.pt")
+        assert [path.name for path in Path(folder, "far").rglob("*.png")] == ["0.png"]
+        np.savez(f"{folder}/other.npz", names=names, tokens=tokens + 64)
+        flags = f"--out={folder}/far", f"--tokenizer={out}/tokenizer.pt"
+        fails(lambda: command(sample, f"--reconstruct={folder}/other.npz", *flags), "other codes")
+        Path(folder, "bad.npz").write_bytes(b"none")
+        fails(lambda: command(sample, f"--reconstruct={folder}/bad.npz", *flags), "bad.npz")
+
+
 @with_tiny_vfm
 def test_detached_pixels():
     """PS-VAE's first stage: what losses on images weigh does not move the encoder's gradients by a bit; without other
@@ -1808,7 +1907,9 @@ def test_use_weights():
     assert torch.equal(module.weight, before["weight"])
 
 
-PARTS = dict(encoder=("vfm.",), adapter=("adapter.", "vf_proj.", "semantic_head."), decoder=("decoder.",), high=("decoder.",))
+PARTS = dict(
+    encoder=("vfm.",), adapter=("adapter.", "vf_proj.", "semantic_head."), decoder=("decoder.", "quantizer.W."),
+    high=("decoder.",))
 
 
 @with_tiny_vfm
@@ -1956,9 +2057,9 @@ def train_with_interruptions(cfg, after):
 def test_tokenizer_resumes_exactly():
     """Stopped in the middle of a stage, and in later ones, the run ends with the same bits as one that was not
     stopped."""
-    for method in ("vfmvae", "aligntok", "psvae"):
+    for method, quantizer in ("vfmvae", ""), ("aligntok", ""), ("psvae", ""), ("vavae", "simvq"):
         with tempfile.TemporaryDirectory() as folder:
-            cfg = tiny_config(f"{folder}/whole", method=method, save_interval=2)
+            cfg = tiny_config(f"{folder}/whole", method=method, quantizer=quantizer, save_interval=2)
             quiet(tokenizer.train, cfg, WORLD)
             whole = read_checkpoint(cfg.out)
             assert whole["images"] == 80

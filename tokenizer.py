@@ -100,6 +100,8 @@ class Config:
     layers: tuple[int, ...] = (0, 12, -1)  # VFM-VAE's: 0 the embedding, i block i's output, -1 the last
     level_dim: Positive = 64  # channels of each level
     z_dim: Positive = 32  # latent channels C; of rae the VFM's width
+    quantizer: Literal["", "simvq"] = ""  # latents become codes (VQRAE); empty: they stay
+    codebook: Positive = 16_384  # codes
     downsample: Positive = 16  # f: image side / latent side
     # VFM-VAE's decoder
     decoder: Literal["", "vfmvae", "ldm", "vit"] = ""  # empty: the method's
@@ -138,7 +140,7 @@ class Config:
 PRESETS = dict(
     imagenet={},
     toy=dict(
-        recipe="toy", data="shapes", image_size=32, crop=False, workers=0, vfm="toy", scale_factor=1.0,
+        recipe="toy", data="shapes", image_size=32, crop=False, workers=0, vfm="toy", scale_factor=1.0, codebook=256,
         layers=(0, 2, -1), downsample=8, post_factor=4, widths=(128, 128, 64, 32), fuse_dims=(128, 64),
         attention=(1, 1), num_res_blocks=0, w_dim=128, vit_decoder=(4, 128, 4, 512), ch=32, ch_mult=(1, 1, 2, 4),
         ldm_blocks=1, ldm_attention=False, groups=8, batch_size=16, cooldown=0.4, perceptual="toy", disc_vfm="toy",
@@ -154,7 +156,7 @@ class Stage:
     lr: float = 1e-4  # Adam's, both networks
     encoder_lr: float = 1e-5  # ... of a VFM that is trained (ours)
     betas: tuple = (0.0, 0.99)
-    summed: bool = False  # l1, lpips, preserve, semantic: sums over C, H, W (LDM), not means
+    summed: bool = False  # l1, lpips, preserve, semantic, commit: sums over C, H, W (LDM), not means
     sample: bool = True  # of the posterior, not its mean
     noise: float = 0.0  # the decoder's latents get sigma n, sigma of each image from U(0, noise) (RAE, HAE)
     l1: float = 1.0
@@ -167,6 +169,7 @@ class Stage:
     vf_margins: tuple = (0.0, 0.0)  # of the similarity matrices, of the cosine
     preserve: float = 0.0  # AlignTok's
     semantic: float = 0.0  # the VFM's tokens, as it came, by a head on the latent: L2 and cosine (PS-VAE)
+    commit: float = 1.0  # with --quantizer
     detach: bool = False  # losses on images do not reach the encoder
     dino: float = 0.0  # projected discriminator, hinge
     patch: float = 0.0  # PatchGAN, hinge
@@ -177,7 +180,7 @@ class Stage:
     equivariance: bool = False  # VFM-VAE's regularisation
 
     def weight(self, name, images):
-        summed = self.summed and name in ("l1", "lpips", "preserve", "semantic")
+        summed = self.summed and name in ("l1", "lpips", "preserve", "semantic", "commit")
         return getattr(self, name) * (images[0].numel() if summed else 1)
 
 
@@ -635,6 +638,26 @@ class IdentityAdapter(nn.Module):
         return torch.cat([x, torch.full_like(x, -30.0)], 1)  # [B, 2 C, h, w]
 
 
+class SimVQ(nn.Module):
+    """VQRAE's quantizer (arXiv 2511.23386): fixed random codes times a trained W. z [B, C, h, w] -> the nearest codes
+    (L2) [B, C, h, w], their indices [B, h, w]. Gradients reach W alone."""
+
+    def __init__(self, dim, size):
+        super().__init__()
+        self.register_buffer("codebook", torch.randn(size, dim) / dim ** 0.5)
+        self.W = nn.Linear(dim, dim, bias=False)
+
+    def lookup(self, indices):
+        return self.W(self.codebook)[indices].movedim(-1, 1)
+
+    def forward(self, z):
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16 would mistake codes
+            codes = self.W(self.codebook)  # [K, C]
+            products = z.float().flatten(2).mT @ codes.T  # [B, h w, K]
+            indices = (codes.square().sum(1) - 2 * products).argmin(2).unflatten(1, z.shape[2:])
+        return self.lookup(indices), indices
+
+
 # --------------------------------------
 # VFM-VAE's decoder: style, multi-scale latent fusion, progressive resolution reconstruction (section 3.2)
 
@@ -952,7 +975,7 @@ class Tokenizer(nn.Module):
     def __init__(
             self, resolution=256, downsample=16, z_dim=32, vfm=None, layers=(0, 12, -1), scale_factor=2.0,
             level_dims=None, adapter_hidden=0, encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0,
-            adapter_kind="", semantic_head=None):
+            adapter_kind="", semantic_head=None, quantizer=None):
         super().__init__()
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.resolution = resolution
@@ -990,6 +1013,7 @@ class Tokenizer(nn.Module):
             self.decoder = LDMDecoder(z_dim, **decoder)
         self.vf_proj = pointwise(z_dim, vf_dim, bias=False) if vf_dim else None  # for the VF loss alone
         self.semantic_head = SemanticHead(z_dim, **semantic_head) if semantic_head else None  # for its loss alone
+        self.quantizer = SimVQ(z_dim, **quantizer) if quantizer else None
 
     def features(self, images):
         """What the adapter reads: the VFM's levels, or images."""
@@ -1014,7 +1038,11 @@ class Tokenizer(nn.Module):
 
     def encode(self, images):
         self.check_size(*images.shape[-2:])
-        return self.posterior(self.features(images), *images.shape[-2:])
+        mean, logvar = self.posterior(self.features(images), *images.shape[-2:])
+        return self.quantize(mean), logvar
+
+    def quantize(self, z):
+        return z if self.quantizer is None else self.quantizer(z)[0]
 
     def decode(self, z):
         return self.decoder(z)
@@ -1041,7 +1069,7 @@ def build_tokenizer(cfg, pretrained=True):
         attn_levels=(len(cfg.ch_mult) - 1,) if cfg.ldm_attention else ())
     arch = dict(
         resolution=cfg.image_size, downsample=cfg.downsample, z_dim=cfg.z_dim, decoder_kind=kind,
-        decoder=convs, vf_dim=vfm.embed_dim if vf else 0)
+        decoder=convs, vf_dim=vfm.embed_dim if vf else 0, quantizer=dict(size=cfg.codebook) if cfg.quantizer else None)
     if kind == "vfmvae":
         names = ("post_factor", "widths", "fuse_dims", "attention", "num_res_blocks", "w_dim")
         arch["decoder"] = {name: getattr(cfg, name) for name in names}
@@ -1083,6 +1111,11 @@ def build_tokenizer(cfg, pretrained=True):
 def kl_loss(mean, logvar):
     """0.5 sum(mean^2 + var - 1 - logvar) over C, h, w; averaged over the batch."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+
+
+def commit_loss(z, codes):
+    """VQ-VAE's (arXiv 1711.00937, eq. 3): the codes' distance from the latents, a quarter of the latents' from them."""
+    return F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
 
 
 def pool_tokens(features, grid):
@@ -1149,6 +1182,8 @@ class Trainer:
         loss = reconstruction + stage.kl * kl_loss(mean, logvar)
         if stage.preserve:
             loss = loss + stage.weight("preserve", images) * self.preserve_loss(images, mean)
+        if tok.quantizer is not None:
+            loss = loss + stage.weight("commit", images) * commit_loss(mean, tok.quantizer(mean)[0])
         if stage.semantic:
             loss = loss + stage.weight("semantic", images) * self.semantic_loss(images, z, features)
         if stage.vf:
@@ -1276,6 +1311,8 @@ class Trainer:
         return outputs if scales else [outputs]
 
     def draw_latent(self, mean, logvar):
+        if self.tokenizer.quantizer is not None:  # straight through
+            return mean + (self.tokenizer.quantize(mean) - mean).detach()
         return mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if self.stage.sample else mean
 
     def preserve_loss(self, images, mean):
@@ -1303,6 +1340,12 @@ class Trainer:
         if stage.semantic:
             values["semantic"] = self.semantic_loss(images, z, features)
         fixed = self.weigh(values, images)
+        quantizer = self.tokenizer.quantizer
+        if quantizer is not None:
+            codes, indices = quantizer(mean)
+            used = torch.zeros_like(quantizer.codebook[:, 0]).index_fill(0, indices.flatten(), 1)
+            values.update(commit=commit_loss(mean, codes), codes=used.mean())  # codes: the share that the batch uses
+            fixed = fixed + stage.weight("commit", images) * values["commit"]
         vf = None
         if stage.vf:
             with self.world.autocast():
@@ -1394,9 +1437,8 @@ class Trainer:
             ours = stand_in(moved, apart / share)
             values["vf_weight"] = stage.vf * adaptive_weight(ours, vf, tok.adapter.last_weight(), 1e8)
             fixed = fixed + values["vf_weight"] * vf
-        if latent.requires_grad:
-            pixels = 0 if stage.detach else stand_in(moved, latent.grad)
-            (pixels + share * fixed).backward()
+        pixels = stand_in(moved, latent.grad) if latent.requires_grad and not stage.detach else 0
+        (pixels + share * fixed).backward()
         return {k: v.detach() for k, v in values.items()}, leaves[-1].detach(), target
 
     def discriminator_step(self, fake, target, share=1.0):
@@ -1438,7 +1480,9 @@ def select_parameters(tok, trains):
         high = decoder.blocks[-3:]
     else:
         high = [*decoder.up[:3], decoder.norm_out, decoder.conv_out]
-    parts = dict(encoder=[tok.vfm], adapter=[tok.adapter, tok.vf_proj, tok.semantic_head], decoder=[decoder], high=high)
+    parts = dict(
+        encoder=[tok.vfm], adapter=[tok.adapter, tok.vf_proj, tok.semantic_head],
+        decoder=[decoder, tok.quantizer], high=high)
     groups = {}
     for name in trains.split():
         modules = nn.ModuleList(part for part in parts[name] if part is not None)
