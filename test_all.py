@@ -1700,7 +1700,7 @@ def test_losses_add_up_as_the_recipe_says():
 
 
 def test_simvq():
-    """The nearest of all codes W c, one by one, also under bf16 autocast; read back by index; a code is its own nearest.
+    """The nearest of all codes W c, one by one, also under bf16 autocast; read back by index; codes are their own.
     The loss reaches W and, a quarter as much, the latents."""
     torch.manual_seed(0)
     net = tokenizer.SimVQ(6, 50)

@@ -614,7 +614,7 @@ class BlocksAdapter(PointwiseAdapter):
         self.blocks = transformer(dim, num_heads)
 
     def forward(self, features, grid):
-        return super().forward([self.blocks(features[-1])], grid)
+        return super().forward([self.blocks(features[-1])], grid)  # [B, 2 C, h, w]
 
 
 class SemanticHead(nn.Module):
@@ -627,7 +627,7 @@ class SemanticHead(nn.Module):
         self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, z):
-        return self.net(self.blocks(self.embed(z.flatten(2).mT)))
+        return self.net(self.blocks(self.embed(z.flatten(2).mT)))  # [B, h w, D]
 
 
 class IdentityAdapter(nn.Module):
@@ -648,7 +648,7 @@ class SimVQ(nn.Module):
         self.W = nn.Linear(dim, dim, bias=False)
 
     def lookup(self, indices):
-        return self.W(self.codebook)[indices].movedim(-1, 1)
+        return self.W(self.codebook)[indices].movedim(-1, 1)  # [B, C, h, w]
 
     def forward(self, z):
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16 would mistake codes
@@ -966,7 +966,8 @@ class ViTDecoder(nn.Module):
 # The tokenizer
 
 class Tokenizer(nn.Module):
-    """encode: images [B, 3, H, W] in [-1, 1] -> mean, logvar [B, C, H/f, W/f]; decode: latents -> images.
+    """encode: images [B, 3, H, W] in [-1, 1] -> mean (by a `quantizer` codes), logvar [B, C, H/f, W/f]; decode: latents
+    -> images.
 
     The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, RAE's if `adapter_kind` is "identity", PS-VAE's if
     "blocks", else AlignTok's) or LDM's; modules' arguments are dictionaries. Tokenizer(**tokenizer.arch) is the same
