@@ -5172,6 +5172,19 @@ def test_study_of_captions():
         assert shown == tokenizer.ShapesText().ids([Shapes("val").caption(i) for i in range(24)]).tolist()
 
 
+def test_study_of_neighbours():
+    """PS-VAE, the sphere and codes are rows of the study like others, each by its own path and tokenizer."""
+    with small_study() as folder, mock.patch.object(align, "train_diffusion", wraps=diffusion.train) as trained, \
+            mock.patch.object(align, "train_tokenizer", wraps=tokenizer.train) as tokenizers:
+        run_align(folder, *STUDY, "--study_methods=psvae,vfmvae-simvq,rae-sphere", "--study_seeds=1",
+                  "--study_align=none")
+        results = study_results(folder)
+    assert [call.args[0].path for call in trained.call_args_list] == ["linear", "linear", "sphere"]
+    assert [call.args[0].quantizer for call in tokenizers.call_args_list] == ["", "simvq", ""]
+    assert list(results) == ["psvae-0", "rae-sphere-0", "vfmvae-simvq-0"]
+    assert all(math.isfinite(result[key]) for result in results.values() for key in ("SE-CKNNA", "PSNR"))
+
+
 def test_study_goes_on():
     """A run that is lost, or was stopped between its two diffusion models, comes out as before; finished ones stay;
     results of other settings or networks are refused."""
