@@ -711,7 +711,7 @@ def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, ro
         cfg_scale=cfg.cfg_scale, cfg_interval=cfg.cfg_interval, cls_cfg_scale=cfg.cls_cfg_scale, guide=guide,
         negative=negative)
     with world.autocast():
-        if cfg.solver == "sde" and not model.sphere:
+        if cfg.solver == "sde":
             z = sde(model, x, labels, cfg.num_steps, cls, noise, **shared)  # [B, C, S, S]
         else:
             shared["cfg_channels"] = cfg.cfg_channels

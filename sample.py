@@ -174,6 +174,8 @@ def write_samples(cfg, world):
     """OUT/samples/000000.png, ..., labels.json (class by file name) or prompts.json, settings.json; OUT/samples.png, a
     grid; OUT/samples.npz. What is there, of the same settings, stays."""
     model, guide, tokenizer, mean, std = load_pipeline(cfg, world)
+    if model.sphere and cfg.solver != "euler":  # before older samples go
+        raise UserError(f"a model of --path=sphere has but one solver: --solver=euler, not {cfg.solver}")
     conditions, condition = read_conditions(cfg, model, world)
     n = cfg.n
     if not n and cfg.prompt:

@@ -3369,6 +3369,7 @@ def test_sphere_trains_and_samples(folder, cfg):
     np.testing.assert_allclose(decoded[0].norm(dim=1), np.full((16, 4, 4), norm), rtol=1e-4)
     for solver in "ab2", "heun", "sde":
         fails(lambda: write_samples(sample.Config(**dict(plain, solver=solver))), solver, "euler")
+    assert len(list(Path(cfg.out, "samples").glob("*.png"))) == 3  # the older samples stay
     entries = load(path)
     torch.save(dict(entries, latent_std=2 * entries["latent_std"]), f"{folder}/other.pt")
     fails(lambda: write_samples(sample.Config(**plain, guide=f"{folder}/other.pt")), "other latents")
