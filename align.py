@@ -705,8 +705,9 @@ def study_report(cfg, folder, paths):
     steps = [f"at {step:,}" for step in cfg.study_points]
     text = f"""{len(results)} runs; mean ± standard deviation over seeds. Each tokenizer: {cfg.study_kimg:g} thousand \
 images; each diffusion model: {cfg.study_steps:,} steps of 64, {cfg.study_samples:,} unguided samples of 12 Euler \
-times (text: of held-out captions, guidance 3). FD: Frechet distance of a classifier's features to held-out images (r: reconstructed, g: generated). Accuracy: \
-how many images it takes for their class, or shape (real ones: {real:.1%}). CKNNA, REPA: to the tokenizer's own VFM (vae: toy).
+times (text: of held-out captions, guidance 3). FD: Frechet distance of a classifier's features to held-out images (r: \
+reconstructed, g: generated). Accuracy: how many images it takes for their class, or shape (real ones: {real:.1%}). \
+CKNNA, REPA: to the tokenizer's own VFM (vae: toy).
 
 {markdown(["tokenizer", *QUALITIES], qualities)}
 {markdown(["outcome", "alignment", "tokenizer", *steps], outcomes)}"""
