@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from scipy.linalg import lapack
 from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.data import DataLoader
-from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
 from tqdm import tqdm
 
 
@@ -170,8 +169,13 @@ def without_padding(branch_pool, inputs):
     return pooled / inside
 
 
-class Mixed7c(InceptionE):
-    """Pools by the maximum, alone."""
+class Mixed7c(nn.Module):
+    """torchvision's InceptionE; pools by the maximum, alone."""
+
+    def __init__(self, block):
+        super().__init__()
+        for name, layer in block.named_children():
+            self.add_module(name, layer)
 
     def forward(self, x):  # [B, 2048, 8, 8]
         single = self.branch3x3_1(x)
@@ -182,17 +186,20 @@ class Mixed7c(InceptionE):
             self.branch3x3dbl_3b(double), self.branch_pool(pooled)], 1)
 
 
-class Inception(Inception3):
+class Inception(nn.Module):
     """FID's Inception-v3 (arXiv 1512.00567): torchvision's but for its pools. uint8 [B, 3, H, W] -> pool [B, 2048],
     spatial [B, 2023] (7 channels of Mixed_6d, last), logits without bias [B, 1008] (ADM's)."""
     name = "inception"
 
     def __init__(self):
-        super().__init__(num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
-        for block in self.children():
-            if hasattr(block, "branch_pool"):
+        super().__init__()
+        from torchvision.models.inception import Inception3  # here: it takes seconds
+        for name, block in Inception3(1008, aux_logits=False, init_weights=False).named_children():
+            if name == "Mixed_7c":
+                block = Mixed7c(block)
+            elif hasattr(block, "branch_pool"):
                 block.branch_pool.register_forward_pre_hook(without_padding)
-        self.Mixed_7c = Mixed7c(2048)
+            self.add_module(name, block)
 
     def forward(self, images):
         x = (resize_tf1(images, 299) - 128) / 128  # [B, 3, 299, 299]
@@ -216,7 +223,7 @@ def load_inception(path=""):
         raise UserError(f"FID needs {Path(INCEPTION).name}: --inception=PATH, or other --features ({error})")
     net.requires_grad_(False).eval()
     for layer in net.modules():
-        if isinstance(layer, BasicConv2d):
+        if hasattr(layer, "bn"):
             layer.conv = fuse_conv_bn_eval(layer.conv, layer.bn)
             layer.bn = nn.Identity()
     return net.to(memory_format=torch.channels_last)
