@@ -42,6 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import align
@@ -1348,19 +1349,6 @@ def test_modulation():
     torch.testing.assert_close(rgb(x, w), y, rtol=1e-4, atol=1e-4)
 
 
-def test_decoder_compiles_whole():
-    """No graph breaks in the decoder and the VFM; the same images, eager or traced."""
-    torch.manual_seed(0)
-    decoder = tokenizer.VFMVAEDecoder(4, 8, 4, (16, 16, 8, 8), (16, 8), (1, 0, 0, 0), 1, 16)
-    z = torch.randn(2, 4, 4, 4)
-    compiled = torch.compile(decoder, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(z), decoder(z), rtol=1e-4, atol=1e-4)
-    vit = tiny_vfm("toy")
-    x = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(vit, fullgraph=True, backend="eager")
-    assert_same_levels(compiled(x, (0, 2, -1)), vit(x, (0, 2, -1)), rtol=1e-4, atol=1e-4)
-
-
 def assert_compiled_alike(net, *inputs):
     """inductor's outputs and gradients on the CPU are eager's to 1e-4."""
     if not (shutil.which("g++") or shutil.which("clang++")):
@@ -2489,24 +2477,40 @@ def test_dit_blocks_and_smaller_latents():
 
 
 def test_dit_compiles_whole():
-    """No graph break in the model, alone (sampling) or block by block (several processes): one graph serves all
-    blocks, with and without activation checkpointing."""
+    """No graph break with any option, alone (sampling) or block by block (several processes): one graph serves all
+    blocks but a head's, with activation checkpointing, too; the same outputs and gradients."""
     from torch._dynamo.testing import CompileCounter
-    for arguments in ({}, REG):
-        for checkpointing in (False, True):
-            whole = small_dit(**arguments)
-            apart = small_dit(**arguments)
-            want = whole(*inputs_of(whole))
+    words = dict(num_classes=0, text_tokens=5, text_dim=24, vocabulary=35)
+    states = dict(num_classes=0, text_tokens=5, text_dim=24, text_pooled=True, qk_norm=True)
+    captions = {"words": torch.arange(15).view(3, 5), "states": torch.randn(3, 6, 24)}
+
+    def results(model):
+        out = model(*inputs)
+        out = out if isinstance(out, tuple) else (out,)
+        sum(part.square().sum() for part in out).backward()
+        return [*out, *take_gradients(list(model.parameters()))]
+
+    for arguments, y, blocks, checkpointing in (
+            ({}, None, 1, True), (REG, None, 1, False), (WIDE, None, 2, False), (words, "words", 0, False),
+            (states, "states", 0, False)):
+        model = small_dit(**arguments)
+        inputs = (*DIT_INPUT[:2], captions[y]) if y else inputs_of(model)
+        want = results(model)
+        model.checkpointing = checkpointing
+        for modules, graphs in ([model], 1), (model.blocks, blocks):
+            if not graphs:
+                continue
             torch._dynamo.reset()
-            for model, modules in (whole, [whole]), (apart, apart.blocks):
-                model.checkpointing = checkpointing
-                counter = CompileCounter()
-                for module in modules:
-                    module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, backend=counter)
-                for _ in range(2):
-                    got = model(*inputs_of(model))
-                assert counter.frame_count == 1
-                torch.testing.assert_close(got, want)
+            counter = CompileCounter()
+            plain = [module.forward for module in modules]
+            for module in modules:
+                module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, backend=counter)
+            for _ in range(2):
+                got = results(model)
+            assert counter.frame_count == graphs, arguments
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            for module, forward in zip(modules, plain):
+                module.forward = forward
 
 
 @with_tiny_vfm
@@ -5833,6 +5837,135 @@ def test_out_of_memory_names_the_flags():
         except RuntimeError:
             return
     raise AssertionError("a bug passed for a user's mistake")
+
+
+# -----------------------------------------------------------------------------
+# Counts: what waits for the device, what is one graph, what runs once, what is read
+
+class Waits(TorchFunctionMode):
+    """Notes in `places`, as Class.method, which functions of the scripts have Python read a tensor or take sizes from
+    its values: on a GPU they would wait for it."""
+    READS = {
+        "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "equal",
+        "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "repeat_interleave"}
+
+    def __init__(self):
+        super().__init__()
+        self.places = set()
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        name = function.__name__
+        mask = name in ("__getitem__", "__setitem__") and getattr(arguments[1], "dtype", None) == torch.bool
+        if mask or name in self.READS:
+            frame = sys._getframe(1)
+            while Path(frame.f_code.co_filename).parent != HERE or frame.f_code.co_name.startswith("<"):
+                frame = frame.f_back
+            owner = frame.f_locals.get("self")
+            method = frame.f_code.co_name
+            self.places.add(method if owner is None else f"{type(owner).__name__}.{method}")
+        return function(*arguments, **(keywords or {}))
+
+
+def assert_does_not_wait(train, *arguments):
+    """In a training's steps only these read tensors: what draws or keeps them on the host (Watch's is a step old), and
+    at intervals the log, checkpoints and pictures."""
+    host = {"Watch.count", "ProjectedDiscriminator.forward", "Images.__getitem__", "ImageNoise.__init__"}
+    intervals = {"Log.write", "save", "save_grid"}
+    steps = tokenizer.Watch.steps
+
+    def watched(watch, numbers):
+        with waits:
+            yield from steps(watch, numbers)
+
+    waits = Waits()
+    with mock.patch.object(tokenizer.Watch, "steps", watched):
+        quiet(train, *arguments)
+    assert "Watch.count" in waits.places and waits.places <= host | intervals, waits.places
+
+
+@with_tiny_vfm
+def test_tokenizer_training_waits_for_no_device():
+    """Through every row of VFM-VAE and AlignTok, discriminators and anchor included."""
+    with tempfile.TemporaryDirectory() as folder:
+        for method in "vfmvae", "aligntok":
+            cfg = tiny_config(f"{folder}/{method}", method=method, log_interval=9, save_interval=9)
+            assert_does_not_wait(tokenizer.train, cfg, WORLD)
+
+
+@with_diffusion_folder
+def test_diffusion_training_waits_for_no_device(folder, cfg):
+    """Of classes with REG's token, and of captions."""
+    for fields in dict(align="reg", arch="sit"), dict(text="toy", data="shapes", workers=0):
+        assert_does_not_wait(diffusion.train, changed(cfg, **fields), WORLD)
+
+
+def test_joint_training_waits_for_no_device():
+    """Both models' steps."""
+    with small_world(reg=True) as folder:
+        assert_does_not_wait(run_align, folder, *JOINT)
+
+
+@with_tiny_vfm
+def test_networks_run_once_a_batch():
+    """In a step of each of the papers' rows: the VFM and the anchor's once, the perceptual network on an image and its
+    reconstruction, a discriminator once for the generator (feature matching: twice) and twice for itself."""
+    batch = (image(2, 3, 32, 32) * 255).to(torch.uint8), torch.zeros(2, dtype=torch.long)
+    for _, method, stage in every_row("paper"):
+        trainer = tiny_trainer(method)
+        trainer.start_stage(dataclasses.replace(stage, gan_start_kimg=0.0))
+        runs = dict.fromkeys(("vfm", "anchor", "decoder", "perceptual", "dino", "patch", "multi"), 0)
+
+        def count(name, module):
+            def hook(*_):
+                runs[name] += 1
+
+            if module is not None:
+                module.register_forward_hook(hook)
+
+        gan = trainer.gan
+        count("vfm", trainer.tokenizer.vfm or trainer.target_vfm)
+        count("anchor", trainer.anchor and trainer.anchor.vfm)
+        count("decoder", trainer.tokenizer.decoder)
+        count("perceptual", trainer.perceptual_net.vit)
+        count("dino", gan.dino and gan.dino.vit)
+        count("patch", gan.patch)
+        for net in gan.multi:
+            count("multi", net)
+        trainer.step([batch], 0, 0)
+        assert runs == dict(
+            vfm=int(method != "vae"), anchor=int(stage.preserve > 0), decoder=1, perceptual=2 * (stage.lpips > 0),
+            dino=3 * (stage.dino > 0), patch=3 * (stage.patch > 0), multi=3 * 4 * (stage.multi > 0)), (stage.name, runs)
+
+
+@mock.patch.object(tokenizer, "load_vfm", lambda *names, **keywords: tiny_vfm("toy", depth=1))
+def test_every_method_compiles_whole():
+    """What the trainer compiles of each method: no graph breaks, eager's losses and gradients, and a second step finds
+    all its graphs."""
+    from torch._dynamo.testing import CompileCounter
+    tiny = dict(
+        image_size=16, scale_factor=2.0, downsample=4, widths=(16, 8), fuse_dims=(8,), ch_mult=(1, 1, 1),
+        layers=(0, -1), vit_decoder=(1, 16, 2, 32))
+    batch = image(2, 3, 16, 16) * 2 - 1, torch.zeros(2, dtype=torch.long)
+    for method, row in dict(vfmvae=0, aligntok=1, vavae=0, vae=0, rae=0).items():  # the anchor is in AlignTok's second
+        stage = dataclasses.replace(tokenizer.STAGES["paper"][method][row], gan_start_kimg=0.0, equivariance=False)
+        counter = CompileCounter()
+        compiled = functools.partial(torch.compile, fullgraph=True, backend=counter)
+        torch._dynamo.reset()
+        found = []
+        graphs = []
+        with mock.patch.object(torch, "compile", compiled):
+            for compile, steps in (False, 1), (True, 2):
+                trainer = tiny_trainer(method, compile=compile, **tiny)
+                trainer.start_stage(stage)
+                wake(trainer)
+                for _ in range(steps):
+                    torch.manual_seed(5)
+                    losses, _, _ = trainer.generator_step(*batch, 0, 0)
+                    found.append([*losses.values(), *take_gradients(trainer.parameters)])
+                    graphs.append(counter.frame_count)
+        assert graphs[0] == 0 < graphs[1] == graphs[2], (method, graphs)
+        for want, got in zip(found[0], found[1], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 # -----------------------------------------------------------------------------

@@ -1,23 +1,41 @@
 #!/usr/bin/env bash
 # What this project does on one CUDA machine, in about ten minutes -> assets/gpu.md: that every script and method runs,
-# compiled and in bf16, then the papers' sizes on random data. SMALL=1: the same commands in miniature, on any machine.
+# compiled and in bf16, then the papers' sizes on random data.
 #   bash assets/gpu.sh
+#   SMALL=1 bash assets/gpu.sh  # in miniature, on the CPU: bf16 and traced as on a GPU, for errors of dtype and graph
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
+script=$python
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 report=assets/gpu.md
 small=(--preset=imagenet)
+kimg=0.5
 steps=20
 if [ -n "${SMALL:-}" ]; then
     report=$out/gpu.md
-    small=(--preset=toy)
+    small=(--preset=toy --batch_size=4)
+    kimg="0.04 --batch_size=2"
     steps=2
+    cat >"$out/small.py" <<'PYTHON'
+import functools
+import importlib
+import sys
+import tokenizer
+import torch
+torch.compile = functools.partial(torch.compile, backend=sys.argv.pop(1))
+tokenizer.Shapes.lengths = dict(train=320, val=200)
+tokenizer.train_on_shapes = lambda *arguments, **keywords: None  # the toy's VFM and classifier stay random
+tokenizer.World.autocast = lambda self: torch.autocast("cpu", torch.bfloat16)
+tokenizer.main(importlib.import_module(sys.argv.pop(1).removesuffix(".py")).run)
+PYTHON
+    # BACKEND=aot_eager traces backward passes, too, and inductor compiles: minutes a network
+    script="env PYTHONPATH=. $python $out/small.py ${BACKEND:-eager}"
 fi
 
 run() {  # a row that says whether the command worked
     local log=$out/log start=$SECONDS
-    if timeout 300 $python "$@" >"$log" 2>&1; then
+    if timeout 300 $script "$@" >"$log" 2>&1; then
         echo "| \`$*\` | $((SECONDS - start)) s |" >>"$report"
     else
         echo "| \`$*\` | FAILED: $(tail -n 1 "$log" | tail -c 200) |" >>"$report"
@@ -25,7 +43,7 @@ run() {  # a row that says whether the command worked
 }
 
 bench() {  # JSON as a row
-    timeout 300 $python "$@" --bench=$steps "${small[@]}" >"$out/log" 2>&1
+    timeout 300 $script "$@" --bench=$steps "${small[@]}" >"$out/log" 2>&1
     $python - "$*" "$out/log" >>"$report" <<'PYTHON'
 import json, sys
 words, log = sys.argv[1:]
@@ -41,15 +59,15 @@ PYTHON
 
 $python -c 'import torch; c = torch.cuda; print(c.get_device_name() if c.is_available() else "CPU", torch.__version__)' >"$report"
 printf '\n| command | runs in |\n|---|---|\n' >>"$report"
-for method in vfmvae aligntok vavae vae; do
-    run tokenizer.py --preset=toy --method=$method --kimg=0.5 --out="$out/$method" --cache="$out"
+for method in vfmvae aligntok vavae vae rae; do
+    run tokenizer.py --preset=toy --method=$method --kimg=$kimg --compile=1 --out="$out/$method" --cache="$out"
 done
-for flags in "" "--align=reg --arch=sit" "--text=toy" "--fsdp=1 --checkpointing=1 --resume=0"; do
-    run diffusion.py --preset=toy --out="$out/vfmvae" --cache="$out" --steps=20 $flags
+for flags in "" "--align=reg --arch=sit --resume=0" "--text=toy" "--fsdp=1 --checkpointing=1 --resume=0"; do
+    run diffusion.py --preset=toy --out="$out/vfmvae" --cache="$out" --steps=$steps --compile=1 $flags
 done
-run sample.py --preset=toy --out="$out/vfmvae" --n=64
+run sample.py --preset=toy --out="$out/vfmvae" --n=64 --compile=1
 run fid.py --preset=toy --out="$out/vfmvae" --cache="$out"
-run align.py --preset=toy --out="$out/vfmvae" --cache="$out" --steps=5
+run align.py --preset=toy --out="$out/vfmvae" --cache="$out" --steps=$steps --images=100 --compile=1
 
 printf '\n| command: what | ms | least | most | images/s | TFLOP/s | MFU | GiB | GPU waits |\n' >>"$report"
 echo '|---|---|---|---|---|---|---|---|---|' >>"$report"
