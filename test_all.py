@@ -5892,6 +5892,7 @@ def test_tokenizer_training_waits_for_no_device():
             assert_does_not_wait(tokenizer.train, cfg, WORLD)
 
 
+@with_tiny_vfm
 @with_diffusion_folder
 def test_diffusion_training_waits_for_no_device(folder, cfg):
     """Of classes with REG's token, and of captions."""

@@ -8,6 +8,7 @@ python=${PYTHON:-python}
 script=$python
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
+export RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=29531  # of --fsdp in one process, as torchrun sets them
 report=assets/gpu.md
 small=(--preset=imagenet)
 kimg=0.5
