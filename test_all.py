@@ -5934,7 +5934,7 @@ def test_networks_run_once_a_batch():
             count("multi", net)
         trainer.step([batch], 0, 0)
         assert runs == dict(
-            vfm=int(method != "vae"), anchor=int(stage.preserve > 0), decoder=1, perceptual=2 * (stage.lpips > 0),
+            vfm=int(method != "vae"), anchor=int("encoder" in stage.trains), decoder=1, perceptual=2 * (stage.lpips > 0),
             dino=3 * (stage.dino > 0), patch=3 * (stage.patch > 0), multi=3 * 4 * (stage.multi > 0)), (stage.name, runs)
 
 
@@ -5947,7 +5947,7 @@ def test_every_method_compiles_whole():
         image_size=16, scale_factor=2.0, downsample=4, widths=(16, 8), fuse_dims=(8,), ch_mult=(1, 1, 1),
         layers=(0, -1), vit_decoder=(1, 16, 2, 32))
     batch = image(2, 3, 16, 16) * 2 - 1, torch.zeros(2, dtype=torch.long)
-    for method, row in dict(vfmvae=0, aligntok=1, vavae=0, vae=0, rae=0).items():  # the anchor is in AlignTok's second
+    for method, row in dict(vfmvae=0, aligntok=1, vavae=0, vae=0, rae=0, psvae=1).items():  # 1: with an anchor
         stage = dataclasses.replace(tokenizer.STAGES["paper"][method][row], gan_start_kimg=0.0, equivariance=False)
         counter = CompileCounter()
         compiled = functools.partial(torch.compile, fullgraph=True, backend=counter)
