@@ -5934,8 +5934,9 @@ def test_networks_run_once_a_batch():
             count("multi", net)
         trainer.step([batch], 0, 0)
         assert runs == dict(
-            vfm=int(method != "vae"), anchor=int("encoder" in stage.trains), decoder=1, perceptual=2 * (stage.lpips > 0),
-            dino=3 * (stage.dino > 0), patch=3 * (stage.patch > 0), multi=3 * 4 * (stage.multi > 0)), (stage.name, runs)
+            vfm=int(method != "vae"), anchor=int("encoder" in stage.trains), decoder=1,
+            perceptual=2 * (stage.lpips > 0), dino=3 * (stage.dino > 0), patch=3 * (stage.patch > 0),
+            multi=3 * 4 * (stage.multi > 0)), (stage.name, runs)
 
 
 @mock.patch.object(tokenizer, "load_vfm", lambda *names, **keywords: tiny_vfm("toy", depth=1))
