@@ -814,6 +814,8 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim, text=None):
     depth = cfg.depth or depth
     if vfm_dim and cfg.encoder_depth > depth:
         raise UserError(f"--encoder_depth={cfg.encoder_depth} of {depth} blocks")
+    if cfg.fsdp and "RANK" not in os.environ:
+        raise UserError("--fsdp=1 shards over torchrun's processes: torchrun --nproc_per_node=8 diffusion.py --fsdp=1")
     arch = dict(
         input_size=side, in_channels=channels, patch_size=cfg.patch_size, hidden_size=cfg.hidden_size or width,
         depth=depth, num_heads=cfg.num_heads or heads, num_classes=num_classes, arch=cfg.arch, qk_norm=cfg.qk_norm,

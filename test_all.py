@@ -3855,6 +3855,7 @@ def test_diffusion_on_two_processes(folder, cfg):
         value = getattr(cfg, field.name)
         if value != getattr(toy, field.name) and field.name != "out":
             flags.append(f"--{field.name}={int(value) if isinstance(value, bool) else value}")
+    fails(lambda: train_diffusion(cfg, fsdp=True), "--fsdp=1", "torchrun")
     fsdp = ["--fsdp=1", "--checkpointing=1", "--sample_interval=2"]
     for out, extra in ("ddp", []), ("fsdp", fsdp):
         Path(folder, out).mkdir()

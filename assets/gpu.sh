@@ -60,7 +60,7 @@ PYTHON
 
 $python -c 'import torch; c = torch.cuda; print(c.get_device_name() if c.is_available() else "CPU", torch.__version__)' >"$report"
 printf '\n| command | runs in |\n|---|---|\n' >>"$report"
-for method in vfmvae aligntok vavae vae rae; do
+for method in vfmvae aligntok vavae vae rae psvae; do
     run tokenizer.py --preset=toy --method=$method --kimg=$kimg --compile=1 --out="$out/$method" --cache="$out"
 done
 for flags in "" "--align=reg --arch=sit --resume=0" "--text=toy" "--fsdp=1 --checkpointing=1 --resume=0"; do
