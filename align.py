@@ -580,7 +580,7 @@ def study_run(cfg, jury, vfms, method, seed, folder):
     row = dict(METHODS[method])
     flow = row.pop("path", "linear")
     train_tokenizer(TokenizerConfig(**dict(
-        TOKENIZER_PRESETS["toy"], **shared, **row, recipe="study", decoder="vfmvae", kimg=cfg.study_kimg,
+        TOKENIZER_PRESETS["toy"], **shared, **row, recipe="study", decoder="vfmvae", batch_size=16, kimg=cfg.study_kimg,
         out=str(folder))), world)
     path = str(folder / "tokenizer.pt")
     (subject,), _ = load_subjects([path], world)

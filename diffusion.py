@@ -124,7 +124,7 @@ class Config:
 PRESETS = dict(
     imagenet={},
     toy=dict(
-        data="shapes", flip=False, model="toy", align_vfm="toy", encoder_depth=2, projector_dim=256, steps=3_000,
+        data="shapes", flip=False, model="toy", align_vfm="toy", encoder_depth=2, projector_dim=256, steps=2_400,
         batch_size=64, lr=2e-3, warmup=100, cooldown=0.5, ema=0.995, encode_batch=100, val_images=2_000, workers=0,
         log_interval=50, val_interval=500, sample_interval=500, save_interval=500),
     reg=dict(  # features: a terabyte
