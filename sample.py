@@ -69,7 +69,7 @@ class Config:
 PLAIN = dict(cfg_interval=(0.0, 1.0), cfg_channels=0, timestep_shift=0.0)
 PRESETS = dict(
     imagenet={},
-    toy=dict(batch_size=64, solver="ab2", num_steps=20, cfg_scale=5.0, **PLAIN),
+    toy=dict(batch_size=64, solver="ab2", num_steps=20, cfg_scale=3.0, **PLAIN),
     reg=dict(solver="sde", cfg_scale=1.0, **PLAIN))
 
 
