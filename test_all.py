@@ -762,7 +762,8 @@ def test_fashion_mnist():
         assert len(data) == 60_000 and len(data.classes) == 10
         assert pixels.shape == (3, 32, 32) and (pixels[0] == pixels[2]).all()
         flags = ("--data=FashionMNIST", f"--data_dir={folder}", f"--out={folder}/out", f"--cache={folder}/out")
-        script("tokenizer.py", *flags, "--method=vae", "--recipe=study", "--kimg=0.064", "--log_interval=1")
+        script("tokenizer.py", *flags, "--method=vae", "--recipe=study", "--kimg=0.064", "--batch_size=16",
+               "--log_interval=1")
         lines = [json.loads(line) for line in Path(f"{folder}/out/log.jsonl").read_text().splitlines()]
         assert len(lines) == 4 and lines[-1]["images"] == 64 and lines[-1]["l1"] > 0
 

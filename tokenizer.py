@@ -3452,13 +3452,16 @@ class Watch:
     def steps(self, steps):
         """The steps, while this object handles signals."""
         before = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
+        ended = False
         try:
             yield from steps
             if self.pending:
                 self.pending[1].wait()
+            ended = True
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if ended or self.world.size == 1:  # else torchrun's SIGTERM could come before `main`'s line on the error
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def count(self, losses):
         """After each step, with its losses and "skipped" (then the number so far) -> the signal to obey now, or 0."""

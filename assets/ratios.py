@@ -161,7 +161,7 @@ def growth():
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     train = "tokenizer.py", "--preset=toy", "--bench=10", "--stage=1"
     runs = [((*torchrun, *train), "2 processes of 1 thread"), (train, "1 process of 2 threads")]
-    runs += [((*train, f"--batch_size={n}"), f"batches of {n}") for n in (4, 8, 32, 64)]
+    runs += [((*train, f"--batch_size={n}"), f"batches of {n}") for n in (2, 4, 16, 32)]
     runs += [((*train, f"--image_size={n}"), f"{n} px") for n in (64, 128)]
     dit = "diffusion.py", "--preset=imagenet", "--bench=2", "--model=B", "--batch_size=4"
     runs += [((*dit, f"--patch_size={p}"), f"DiT-B, 4 images of {256 // p ** 2} tokens") for p in (4, 2, 1)]
@@ -184,7 +184,7 @@ if __name__ == "__main__":
     for name in asked:
         header = ("the first, or the second", "s", "s", "ratio")
         if name == "growth":
-            header = ("toy tokenizer, 16 images of 32 px, but for", "ms a step", "images a second", "peak GiB")
+            header = ("toy tokenizer, 8 images of 32 px, but for", "ms a step", "images a second", "peak GiB")
         text.append(table(header, globals()[name]()))
     if not sys.argv[1:]:
         machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}; by `python assets/ratios.py`"
