@@ -27,14 +27,15 @@ from diffusion import PRESETS as DIFFUSION_PRESETS, Config as DiffusionConfig, t
 from diffusion import (
     ImageNoise, Sampling, build, caption_states, draw_times, flow_losses, full_state, generate, load_diffusion, maps,
     to_sphere, update_ema, vfm_tokens)
-from fid import Selection, full_float32, geneval, judge, judge_tokenizer, load_features
+from fid import Selection, geneval, judge, judge_tokenizer, load_features
 from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, train as train_tokenizer
 from sample import tokenizer_beside
 from tokenizer import (
-    Images, Log, Positive, ShapesText, Tokenizer, Trainer, UserError, Watch, alone, average_gradients, average_weights,
-    build_tokenizer, fingerprint, init_world, load_checkpoint, load_state, load_tokenizer, load_vfm, load_weights, main,
-    make_loader, open_data, parse_config, psnr, read_json, reading, replacing, save_checkpoint, seed_step, shrink,
-    stages_of, step_batches, step_unless, to_float, to_uint8, vfm_of, write_json, write_text)
+    Images, Log, Positive, ShapesText, Tokenizer, Trainer, UserError, Watch, alone, average_gradients,
+    average_weights, build_tokenizer, fingerprint, full_float32, init_world, load_checkpoint, load_state,
+    load_tokenizer, load_vfm, load_weights, main, make_loader, open_data, parse_config, psnr, read_json, reading,
+    replacing, save_checkpoint, seed_step, shrink, stages_of, step_batches, step_unless, to_float, to_uint8, vfm_of,
+    write_json, write_text)
 
 import numpy as np
 import torch
@@ -388,7 +389,7 @@ class JointTrainer(Trainer):
         shrunk = z.shape[-1] != dit.input_size
         if shrunk:  # by equivariance regularisation: the DiT takes whole images
             with torch.no_grad(), self.world.autocast():
-                mean, logvar = self.tokenizer.encode(whole)
+                mean, logvar = self.tokenizer.posterior(self.tokenizer.features(whole), *whole.shape[-2:])
             z = self.draw_latent(mean, logvar)  # [B, C, h, w]
         leaf = z.detach().requires_grad_(side in ("tokenizer", "both") and not shrunk)
         tokens = None
@@ -590,7 +591,8 @@ def study_run(cfg, jury, vfms, method, seed, folder):
         reference=jury.real["statistics"])
 
     points = {}
-    for align in sorted(cfg.study_align.split(","), reverse=True):  # none after those whose cache it reads
+    # none and text after those whose cache they read
+    for align in sorted(cfg.study_align.split(","), key=lambda align: align in ("none", "text")):
         text = "toy" if align == "text" else ""
         sampling = Sampling(seed=seed, solver="euler", num_steps=12, cfg_scale=3.0 if text else 1.0)
         train_diffusion(DiffusionConfig(**dict(

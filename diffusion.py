@@ -502,9 +502,9 @@ def geodesic_step(x, move):
 
 
 def flow_losses(model, latents, labels, t, noise, tokens=None, cls_noise=None, sphere=False):
-    """The objective's terms [B] at x_t = t latents + (1 - t) noise, unweighted, or at `geodesic`'s x_t: there of v's
-    tangent part, and to `velocity` 0.1 times the radial part's square is added. latents [B, C, S, S]: normalised;
-    labels: the DiT's y, after dropout.
+    """The objective's terms [B] at x_t = t latents + (1 - t) noise, unweighted. latents [B, C, S, S]: normalised;
+    labels: the DiT's y, after dropout; sphere: x_t is `geodesic`'s, errors are of v's tangent part, and `velocity` has
+    0.1 |radial part|^2 more (HAE's weight).
 
     velocity: squared error; cosine: 1 - cos over channels (LightningDiT); repa: - cos(projection, the
     VFM's `tokens` [B, (1 +) N, D] of the clean images) (REPA eq. 8); cls: velocity error of the class token
@@ -645,6 +645,9 @@ def sde(model, noise, y, num_steps=250, cls_noise=None, generator=None, **guidan
     """REG's Euler-Maruyama: latents, as by `ode`, along dx = (v + (1 - t) score) dt + sqrt(2 (1 - t)) dW, t at
     linspace(0, 0.96, num_steps), then 1, in float64; noise after all evaluations but the last. `generator`: a
     torch.Generator, or a callable: tensor -> noise like it."""
+    if getattr(model, "sphere", False):
+        raise UserError("sde: for models of --path=sphere there is euler alone")
+
     def draw(like):
         if callable(generator):
             return generator(like)

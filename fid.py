@@ -24,10 +24,10 @@ from pathlib import Path
 
 # before torch, for whose threads tokenizer.py sets the environment
 from tokenizer import (
-    LPIPS, TEXTS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint, init_world,
-    list_images, load_checkpoint, load_rgb, load_state, load_text, load_tokenizer, load_vfm, load_weights, main,
-    open_data, parse_config, psnr, read_json, reading, replacing, save_checkpoint, shrink, ssim, to_float, to_uint8,
-    train_on_shapes, write_json)
+    LPIPS, TEXTS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint,
+    full_float32, init_world, list_images, load_checkpoint, load_rgb, load_state, load_text, load_tokenizer,
+    load_vfm, load_weights, main, open_data, parse_config, psnr, read_json, reading, replacing, save_checkpoint,
+    shrink, ssim, to_float, to_uint8, train_on_shapes, write_json)
 
 import numpy as np
 import torch
@@ -111,17 +111,6 @@ def score_parts(parts):
         scores.append(((p * log_p).sum(1).mean() + torch.special.entr(p.mean(0)).sum()).exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
-
-
-@contextlib.contextmanager
-def full_float32():
-    """No TF32: numbers do not depend on the card."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @full_float32()

@@ -246,13 +246,16 @@ def reconstruct(cfg, world):
     batches = [list(mine[k:k + cfg.batch_size]) for k in range(0, len(mine), cfg.batch_size)]
     loader = make_loader(data, batches, world, workers=4)
     side = tok.resolution // tok.downsample
-    tokens = torch.zeros(len(names), side, side, dtype=torch.int32, device=world.device)
+    n = len(names) if tok.quantizer is not None else 0
+    tokens = torch.zeros(n, side, side, dtype=torch.int32, device=world.device)
     for batch, (pixels, _) in zip(batches, tqdm(loader, desc="reconstructing", disable=world.rank > 0)):
         with torch.inference_mode():
-            z, _ = tok.encode(to_float(pixels.to(world.device)))  # [B, C, h, w]
-            decoded = to_uint8(tok.decode(z)).cpu()
+            images = to_float(pixels.to(world.device))
+            z, _ = tok.posterior(tok.features(images), *images.shape[-2:])  # [B, C, h, w]
             if tok.quantizer is not None:
-                tokens[batch] = tok.quantizer(z)[1].int()
+                z, indices = tok.quantizer(z)
+                tokens[batch] = indices.int()
+            decoded = to_uint8(tok.decode(z)).cpu()
         for i, before, after in zip(batch, pixels, decoded):
             write_png(originals / names[i], before)
             write_png(copies / names[i], after)
@@ -261,7 +264,7 @@ def reconstruct(cfg, world):
         print(f"{len(names):,} images in {copies}, {originals}")
         if tok.quantizer is not None:
             with replacing(Path(cfg.out, "tokens.npz")) as temporary, open(temporary, "wb") as file:
-                np.savez(file, names=list(map(str, names)), tokens=tokens.cpu())
+                np.savez(file, names=list(map(str, names)), tokens=tokens.cpu(), tokenizer=fingerprint(tok))
 
 
 def decode_tokens(cfg, world):
@@ -270,13 +273,15 @@ def decode_tokens(cfg, world):
     with reading(cfg.reconstruct), np.load(cfg.reconstruct) as archive:
         names = [os.path.normpath(f"/{name}").lstrip("/") for name in archive["names"]]  # below OUT
         tokens = torch.from_numpy(archive["tokens"]).long()
-        if tok.quantizer is None or not 0 <= tokens.min() <= tokens.max() < len(tok.quantizer.codebook):
-            raise UserError(f"{cfg.reconstruct} holds other codes than the tokenizer's")
+        if tok.quantizer is None or archive["tokenizer"] != fingerprint(tok):
+            raise UserError(f"{cfg.reconstruct} holds another tokenizer's codes: give --tokenizer=FILE")
     for part in torch.arange(len(names))[world.rank::world.size].split(cfg.batch_size):
         with torch.inference_mode():
             images = to_uint8(tok.decode(tok.quantizer.lookup(tokens[part].to(world.device)))).cpu()
         for i, pixels in zip(part, images):
             write_png(Path(cfg.out, "reconstructions", names[i]), pixels)
+    if world.rank == 0:
+        print(f"{len(names):,} images in {Path(cfg.out, 'reconstructions')}")
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ import numpy as np
 
 # Waiting OpenMP threads sleep after so many turns (ours, measured): with fewer a run alone slows, with more two runs
 # side by side stop each other
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -100,7 +100,7 @@ class Config:
     layers: tuple[int, ...] = (0, 12, -1)  # VFM-VAE's: 0 the embedding, i block i's output, -1 the last
     level_dim: Positive = 64  # channels of each level
     z_dim: Positive = 32  # latent channels C; of rae the VFM's width
-    quantizer: Literal["", "simvq"] = ""  # latents become codes (VQRAE); empty: they stay
+    quantizer: Literal["", "simvq"] = ""  # latents become codes (VQRAE's are 1,536 wide: narrow ones use few of them)
     codebook: Positive = 16_384  # codes
     downsample: Positive = 16  # f: image side / latent side
     # VFM-VAE's decoder
@@ -618,7 +618,7 @@ class BlocksAdapter(PointwiseAdapter):
 
 
 class SemanticHead(nn.Module):
-    """PS-VAE's Ds: latents [B, C, h, w] -> a VFM's tokens [B, h w, D], `BlocksAdapter` the other way round."""
+    """PS-VAE's Ds: latents [B, C, h, w] -> a VFM's tokens [B, h w, D]: wide, then as `BlocksAdapter`."""
 
     def __init__(self, z_dim, dim, num_heads):
         super().__init__()
@@ -638,6 +638,17 @@ class IdentityAdapter(nn.Module):
         return torch.cat([x, torch.full_like(x, -30.0)], 1)  # [B, 2 C, h, w]
 
 
+@contextlib.contextmanager
+def full_float32():
+    """No TF32: numbers do not depend on the card."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 class SimVQ(nn.Module):
     """VQRAE's quantizer (arXiv 2511.23386): fixed random codes times a trained W. z [B, C, h, w] -> the nearest codes
     (L2) [B, C, h, w], their indices [B, h, w]. Gradients reach W alone."""
@@ -647,14 +658,18 @@ class SimVQ(nn.Module):
         self.register_buffer("codebook", torch.randn(size, dim) / dim ** 0.5)
         self.W = nn.Linear(dim, dim, bias=False)
 
+    @full_float32()
     def lookup(self, indices):
-        return self.W(self.codebook)[indices].movedim(-1, 1)  # [B, C, h, w]
+        with torch.autocast(indices.device.type, enabled=False):
+            return self.W(self.codebook)[indices].movedim(-1, 1)  # [B, C, h, w]
 
+    @full_float32()
     def forward(self, z):
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16 would mistake codes
+        rows = z.detach().float().movedim(1, -1)  # [B, h, w, C]
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16, TF32 would mistake codes
             codes = self.W(self.codebook)  # [K, C]
-            products = z.float().flatten(2).mT @ codes.T  # [B, h w, K]
-            indices = (codes.square().sum(1) - 2 * products).argmin(2).unflatten(1, z.shape[2:])
+            distances = torch.addmm(codes.square().sum(1), rows.flatten(0, 2), codes.T, alpha=-2)  # but for |z|^2
+            indices = distances.argmin(1).view(rows.shape[:3])
         return self.lookup(indices), indices
 
 
@@ -1216,7 +1231,9 @@ class Trainer:
         if cfg.compile:
             torch._dynamo.config.cache_size_limit = 64  # sizes x scales x stages
             torch._functorch.config.donated_buffer = False  # a graph may be walked twice
-            for module in (tokenizer.vfm, vfm, self.perceptual_net, *getattr(tokenizer.adapter, "levels", ())):
+            blocks = getattr(tokenizer.adapter, "blocks", None)
+            levels = getattr(tokenizer.adapter, "levels", ())
+            for module in (tokenizer.vfm, vfm, self.perceptual_net, blocks, tokenizer.semantic_head, *levels):
                 if module is not None:
                     module.compile(dynamic=False)
             for module in (tokenizer.adapter, tokenizer.decoder):
@@ -1226,6 +1243,8 @@ class Trainer:
     def start_stage(self, stage):
         """Freezes, unfreezes, makes discriminators and optimizers."""
         cfg, device = self.cfg, self.world.device
+        if self.tokenizer.quantizer is not None:
+            stage = dataclasses.replace(stage, kl=0.0)  # codes have no posterior
         self.stage = stage
         self.multires_end = stage.multires_kimg * 1000 * self.length_scale  # images
         self.gan_start = stage.gan_start_kimg * 1000 * self.length_scale
@@ -1250,7 +1269,7 @@ class Trainer:
                 self.gan.dino.vit.compile(dynamic=False)
         if not (stage.preserve or stage.semantic and "encoder" in stage.trains):
             self.anchor = None
-        elif self.anchor is None:  # the frozen encoder of the stage before
+        elif self.anchor is None:  # the frozen encoder of the stage before; of PS-VAE the VFM as it came
             memo = {id(self.tokenizer.decoder): None}
             self.anchor = copy.deepcopy(self.tokenizer, memo).requires_grad_(False)
             if cfg.compile:
@@ -1345,7 +1364,7 @@ class Trainer:
         if quantizer is not None:
             codes, indices = quantizer(mean)
             used = torch.zeros_like(quantizer.codebook[:, 0]).index_fill(0, indices.flatten(), 1)
-            values.update(commit=commit_loss(mean, codes), codes=used.mean())  # codes: the share that the batch uses
+            values.update(commit=commit_loss(mean, codes), codes=used.mean())  # for the log: the share in use
             fixed = fixed + stage.weight("commit", images) * values["commit"]
         vf = None
         if stage.vf:
@@ -1404,7 +1423,7 @@ class Trainer:
             target = torch.rot90(shrink(images, scale), turns, (2, 3)).contiguous()
             moved = torch.rot90(shrink(z, scale, antialias=False), turns, (2, 3))
             moved = moved.contiguous(memory_format=torch.channels_last)
-        latent = moved.detach().requires_grad_(z.requires_grad)
+        latent = moved.detach().requires_grad_(z.requires_grad and not stage.detach)
         outputs = self.decode(latent, images_seen)
 
         # gradients at the images
@@ -1438,7 +1457,7 @@ class Trainer:
             ours = stand_in(moved, apart / share)
             values["vf_weight"] = stage.vf * adaptive_weight(ours, vf, tok.adapter.last_weight(), 1e8)
             fixed = fixed + values["vf_weight"] * vf
-        pixels = stand_in(moved, latent.grad) if latent.requires_grad and not stage.detach else 0
+        pixels = stand_in(moved, latent.grad) if latent.requires_grad else 0
         (pixels + share * fixed).backward()
         return {k: v.detach() for k, v in values.items()}, leaves[-1].detach(), target
 
