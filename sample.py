@@ -275,6 +275,8 @@ def decode_tokens(cfg, world):
         tokens = torch.from_numpy(archive["tokens"]).long()
         if tok.quantizer is None or archive["tokenizer"] != fingerprint(tok):
             raise UserError(f"{cfg.reconstruct} holds another tokenizer's codes: give --tokenizer=FILE")
+        if not 0 <= tokens.min() <= tokens.max() < len(tok.quantizer.codebook):
+            raise UserError(f"{cfg.reconstruct} is damaged: it holds codes that there are not")
     for part in torch.arange(len(names))[world.rank::world.size].split(cfg.batch_size):
         with torch.inference_mode():
             images = to_uint8(tok.decode(tok.quantizer.lookup(tokens[part].to(world.device)))).cpu()

@@ -1734,6 +1734,7 @@ def test_quantized_training():
         assert torch.equal(torch.autograd.grad(z, mean, slope)[0], slope)
         torch.manual_seed(5)
         values, _, _ = trainer.generator_step(x, None, 0, 0)
+        assert "kl" not in values
         torch.testing.assert_close(values["commit"], 1.25 * (mean - codes).square().mean().detach())
         torch.testing.assert_close(values["codes"], torch.tensor(len(indices.unique()) / 64))
         fast = take_gradients(trainer.parameters)
@@ -1777,12 +1778,15 @@ def test_tokens_are_written_and_read():
         subject = align.Subject("it", tok, "")
         found = dict(align.pooled_features([subject], {}, x))
         torch.testing.assert_close(found["it", "latents"], z.mean((2, 3)))
-        np.savez(f"{folder}/other.npz", names=["../../0.png"], tokens=tokens[:1])
+        own = dict(tokenizer=tokenizer.fingerprint(tok))
+        np.savez(f"{folder}/other.npz", names=["../../0.png"], tokens=tokens[:1], **own)
         command(sample, f"--reconstruct={folder}/other.npz", f"--out={folder}/far", f"--tokenizer={out}/tokenizer.pt")
         assert [path.name for path in Path(folder, "far").rglob("*.png")] == ["0.png"]
-        np.savez(f"{folder}/other.npz", names=names, tokens=tokens + 64)
         flags = f"--out={folder}/far", f"--tokenizer={out}/tokenizer.pt"
-        fails(lambda: command(sample, f"--reconstruct={folder}/other.npz", *flags), "other codes")
+        for wrong, word in (dict(tokens=tokens + 64, **own), "are not"), (dict(tokens=tokens), "lacks"), \
+                (dict(tokens=tokens, tokenizer="0" * 32), "another tokenizer's codes"):
+            np.savez(f"{folder}/other.npz", names=names, **wrong)
+            fails(lambda: command(sample, f"--reconstruct={folder}/other.npz", *flags), word)
         Path(folder, "bad.npz").write_bytes(b"none")
         fails(lambda: command(sample, f"--reconstruct={folder}/bad.npz", *flags), "bad.npz")
 
@@ -3306,6 +3310,7 @@ def test_geodesic_steps():
     torch.testing.assert_close(diffusion.ode(model, noise, y, 2, cfg_scale=3.0), want)
     for solver in "heun", "ab2", "sde":
         fails(lambda: diffusion.ode(model, noise, y, 5, solver=solver), solver, "--path=sphere", "euler")
+    fails(lambda: diffusion.sde(model, noise, y, 5), "--path=sphere", "euler")
 
 
 def test_sphere_losses():
