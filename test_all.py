@@ -3099,23 +3099,28 @@ def test_alignment_features_cached_or_not(folder, cfg):
 TINY_DIT = dict(input_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=3)
 
 
-def test_diffusion_learns():
-    """300 steps on latents that are a constant a class, and a little noise: the velocity error falls, samples are of
-    their class."""
+def learn_classes(**arch):
+    """300 steps on latents [4, 2, 2] that are a constant a class, and a little noise -> the constants, the EMA."""
     torch.manual_seed(0)
     cfg = diffusion.Config(**{**diffusion.PRESETS["toy"], "lr": 3e-3, "warmup": 10, "compile": False, "ema": 0.98})
     means = torch.randn(3, 4, 1, 1)
-    parts = diffusion.build(cfg, WORLD, TINY_DIT)
+    parts = diffusion.build(cfg, WORLD, dict(TINY_DIT, **arch))
     errors = []
     for step in range(300):
         labels = torch.randint(3, (32,))
         latents = means[labels] + 0.1 * torch.randn(32, 4, 2, 2)
         batch = dict(latents=latents, labels=labels, tokens=None)
         errors.append(diffusion.train_step(*parts, [batch], cfg, WORLD, step)["velocity"].item())
-    assert errors[-1] < 0.35 * errors[0]
+    assert errors[-1] < 0.35 * errors[0], errors[::50]
+    return means, parts[2]
+
+
+def test_diffusion_learns():
+    """The velocity error falls, samples are of their class."""
+    means, ema = learn_classes()
     y = torch.arange(3).repeat(20)
     with torch.no_grad():
-        z = diffusion.ode(parts[2], torch.randn(60, 4, 2, 2), y, 30, solver="heun")
+        z = diffusion.ode(ema, torch.randn(60, 4, 2, 2), y, 30, solver="heun")
     nearest = (z.mean((2, 3))[:, None] - means[None, :, :, 0, 0]).norm(dim=2).argmin(1)
     assert (nearest == y).float().mean() > 0.95
 
@@ -3335,22 +3340,11 @@ def test_sphere_losses():
 
 
 def test_sphere_learns():
-    """300 steps on tokens that are a direction a class, and a little noise: geodesic samples are of their class."""
-    torch.manual_seed(0)
-    cfg = diffusion.Config(**{
-        **diffusion.PRESETS["toy"], "lr": 3e-3, "warmup": 10, "compile": False, "ema": 0.98, "path": "sphere"})
-    means = torch.randn(3, 4, 1, 1)
-    parts = diffusion.build(cfg, WORLD, dict(TINY_DIT, sphere=True))
-    errors = []
-    for step in range(300):
-        labels = torch.randint(3, (32,))
-        latents = means[labels] + 0.1 * torch.randn(32, 4, 2, 2)
-        batch = dict(latents=latents, labels=labels, tokens=None)
-        errors.append(diffusion.train_step(*parts, [batch], cfg, WORLD, step)["velocity"].item())
-    assert errors[-1] < 0.35 * errors[0], errors[::50]
+    """On the sphere a class is a direction: geodesic samples are of theirs."""
+    means, ema = learn_classes(sphere=True)
     y = torch.arange(3).repeat(20)
     with torch.no_grad():
-        z = diffusion.ode(parts[2], torch.randn(60, 4, 2, 2), y, 30)
+        z = diffusion.ode(ema, torch.randn(60, 4, 2, 2), y, 30)
     torch.testing.assert_close(z.norm(dim=1), torch.full((60, 2, 2), 2.0))
     cosines = F.cosine_similarity(z.mean((2, 3))[:, None], means[None, :, :, 0, 0], dim=2)
     assert (cosines.argmax(1) == y).float().mean() > 0.95
@@ -5535,6 +5529,23 @@ if rank == 1:
         assert "another process hangs: no answer for 3 seconds" in printed
         printed = harness(folder, differ, "--resume=0", run=torchrun, status=1)
         assert "process 1 has another configuration than process 0" in printed
+
+
+def test_handlers_outlive_an_error_among_processes():
+    """So that torchrun's SIGTERM, on another process's death, does not come before this one's line; alone, or at the
+    steps' end, the handlers of before are back."""
+    handlers = {number: signal.getsignal(number) for number in tokenizer.Watch.SIGNALS}
+    for size, error in itertools.product((1, 2), (True, False)):
+        watch = tokenizer.Watch(tokenizer.World(0, size, torch.device("cpu")), "none")
+        with contextlib.suppress(RuntimeError):
+            for _ in watch.steps(range(2)):
+                assert signal.getsignal(signal.SIGTERM) == watch.handle
+                if error:
+                    raise RuntimeError
+        kept = signal.getsignal(signal.SIGTERM)
+        for number in watch.SIGNALS:
+            signal.signal(number, handlers[number])
+        assert kept == (watch.handle if size == 2 and error else handlers[signal.SIGTERM])
 
 
 def test_kills_at_random_moments():
