@@ -5535,7 +5535,7 @@ def test_handlers_outlive_an_error_among_processes():
     """So that torchrun's SIGTERM, on another process's death, does not come before this one's line; alone, or at the
     steps' end, the handlers of before are back."""
     handlers = {number: signal.getsignal(number) for number in tokenizer.Watch.SIGNALS}
-    for size, error in itertools.product((1, 2), (True, False)):
+    for size, error in (1, True), (1, False), (2, True), (2, False):
         watch = tokenizer.Watch(tokenizer.World(0, size, torch.device("cpu")), "none")
         with contextlib.suppress(RuntimeError):
             for _ in watch.steps(range(2)):
