@@ -381,8 +381,8 @@ class JointTrainer(Trainer):
             for block in self.dit.blocks:
                 block.compile(fullgraph=True, dynamic=False)
 
-    def latent_losses(self, images, labels, z, mean, logvar, features, whole):
-        values, fixed, vf = super().latent_losses(images, labels, z, mean, logvar, features, whole)
+    def latent_losses(self, images, labels, z, indices, mean, logvar, features, whole):
+        values, fixed, vf = super().latent_losses(images, labels, z, indices, mean, logvar, features, whole)
         dit = self.dit
         cfg = self.dit_cfg
         side = self.joint_cfg.side
@@ -390,7 +390,7 @@ class JointTrainer(Trainer):
         if shrunk:  # by equivariance regularisation: the DiT takes whole images
             with torch.no_grad(), self.world.autocast():
                 mean, logvar = self.tokenizer.posterior(self.tokenizer.features(whole), *whole.shape[-2:])
-            z = self.draw_latent(mean, logvar)  # [B, C, h, w]
+            z, _ = self.draw_latent(mean, logvar)  # [B, C, h, w]
         leaf = z.detach().requires_grad_(side in ("tokenizer", "both") and not shrunk)
         tokens = None
         if self.dit_vfm is not None:

@@ -1648,7 +1648,7 @@ def test_losses_add_up_as_the_recipe_says():
         wake(trainer)
         with torch.no_grad():
             mean, logvar, features = trainer.encode(x)
-            values, fixed, vf = trainer.latent_losses(x, labels, mean, mean, logvar, features, x)
+            values, fixed, vf = trainer.latent_losses(x, labels, mean, None, mean, logvar, features, x)
         expected = stage.kl * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean() / 2
         if stage.preserve:  # LDM's other losses are sums over C, H, W
             distance = (mean - before.encode(x)[0]).square().mean()
@@ -1726,7 +1726,7 @@ def test_quantized_training():
         fixed_codes = tok.quantizer.codebook.clone()
         mean, logvar, _ = trainer.encode(x)
         mean = mean.detach().requires_grad_()
-        z = trainer.draw_latent(mean, logvar)
+        z, _ = trainer.draw_latent(mean, logvar)
         codes, indices = tok.quantizer(mean)
         torch.testing.assert_close(z, codes)
         torch.testing.assert_close(tok.encode(x)[0], codes)
@@ -5007,7 +5007,7 @@ def test_joint_alignment_gradient_is_exact():
         z = torch.randn(8, 4, 4, 4, requires_grad=True)
         trainer.stage = dataclasses.replace(trainer.stage, kl=0.0, vf=0.0)
         torch.manual_seed(5)
-        _, fixed, _ = trainer.latent_losses(images, labels, z, z.detach(), 0 * z.detach(), None, images)
+        _, fixed, _ = trainer.latent_losses(images, labels, z, None, z.detach(), 0 * z.detach(), None, images)
         got, = torch.autograd.grad(fixed, z)
         torch.manual_seed(5)
         y = torch.where(torch.rand(8) < 0.1, 10, labels)

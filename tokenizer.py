@@ -1192,14 +1192,14 @@ class Trainer:
         """The loss of images [B, 3, H, W] in plain form; `generator_step` computes its gradients fast."""
         stage, tok = self.stage, self.tokenizer
         mean, logvar, features = self.encode(images)
-        z = self.draw_latent(mean, logvar)
+        z, indices = self.draw_latent(mean, logvar)
         outputs = self.decode(z.detach() if stage.detach else z, images_seen)
         reconstruction, _ = self.reconstruction_loss(outputs, images)  # L1, LPIPS, SSIM, multi-resolution L1
         loss = reconstruction + stage.kl * kl_loss(mean, logvar)
         if stage.preserve:
             loss = loss + stage.weight("preserve", images) * self.preserve_loss(images, mean)
         if tok.quantizer is not None:
-            loss = loss + stage.weight("commit", images) * commit_loss(mean, tok.quantizer(mean)[0])
+            loss = loss + stage.weight("commit", images) * commit_loss(mean, tok.quantizer.lookup(indices))
         if stage.semantic:
             loss = loss + stage.weight("semantic", images) * self.semantic_loss(images, z, features)
         if stage.vf:
@@ -1331,9 +1331,11 @@ class Trainer:
         return outputs if scales else [outputs]
 
     def draw_latent(self, mean, logvar):
-        if self.tokenizer.quantizer is not None:  # straight through
-            return mean + (self.tokenizer.quantize(mean) - mean).detach()
-        return mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if self.stage.sample else mean
+        """-> what is decoded, the codes' indices or None."""
+        if self.tokenizer.quantizer is not None:
+            codes, indices = self.tokenizer.quantizer(mean)
+            return mean + (codes - mean).detach(), indices  # straight through
+        return mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if self.stage.sample else mean, None
 
     def preserve_loss(self, images, mean):
         """AlignTok's: the distance from the anchor's latents."""
@@ -1348,7 +1350,7 @@ class Trainer:
             predicted = self.tokenizer.semantic_head(z)
         return semantic_loss(predicted, features[-1], z.shape[2:])
 
-    def latent_losses(self, images, labels, z, mean, logvar, features, whole):
+    def latent_losses(self, images, labels, z, indices, mean, logvar, features, whole):
         """Losses that bypass the decoder -> values, weighted sum without the VF loss, that or None. `images`: as
         encoded; `whole` (as read), `labels`: for joint training."""
         stage = self.stage
@@ -1362,9 +1364,9 @@ class Trainer:
         fixed = self.weigh(values, images)
         quantizer = self.tokenizer.quantizer
         if quantizer is not None:
-            codes, indices = quantizer(mean)
+            values["commit"] = commit_loss(mean, quantizer.lookup(indices))
             used = torch.zeros_like(quantizer.codebook[:, 0]).index_fill(0, indices.flatten(), 1)
-            values.update(commit=commit_loss(mean, codes), codes=used.mean())  # for the log: the share in use
+            values["codes"] = used.mean()  # for the log: the share in use
             fixed = fixed + stage.weight("commit", images) * values["commit"]
         vf = None
         if stage.vf:
@@ -1417,7 +1419,8 @@ class Trainer:
         if kind == "image":
             images = shrink(images, scale)
         mean, logvar, features = self.encode(images)
-        z = moved = self.draw_latent(mean, logvar)
+        z, indices = self.draw_latent(mean, logvar)
+        moved = z
         target = images
         if kind == "latent":  # one memory layout: compiled once
             target = torch.rot90(shrink(images, scale), turns, (2, 3)).contiguous()
@@ -1440,7 +1443,7 @@ class Trainer:
                 theirs = stand_in(outputs[-1], adv / (stage.patch or stage.dino))
                 values["gan_weight"] = adaptive_weight(ours, theirs, tok.decoder.last_weight(), 1e4)
                 adv = adv * values["gan_weight"]
-        losses, fixed, vf = self.latent_losses(images, labels, z, mean, logvar, features, whole)
+        losses, fixed, vf = self.latent_losses(images, labels, z, indices, mean, logvar, features, whole)
         values.update(losses)
 
         # gradients at the latent; the VF loss is weighed against reconstruction alone
