@@ -4,7 +4,7 @@ How far tokenizers and diffusion models agree with vision foundation models (VFM
     python align.py  # CKNNA, SE-CKNNA, probe of out/tokenizer.pt and out/diffusion.pt's blocks
     python align.py a/tokenizer.pt b/diffusion.pt --reference=toy-blind  # with their tokenizers
     python align.py --steps=1000 --side=both  # joint training -> out/joint-both/, measured before and after
-    torchrun --nproc_per_node=8 align.py --study=1  # the papers' claim in miniature: 6 tokenizers x 3 seeds
+    torchrun --nproc_per_node=8 align.py --study=1  # the papers' claim in miniature: 10 tokenizers x 3 seeds
     python align.py --sweep=1  # toy: FD and accuracy by solver, steps, guidance -> out/sweep.md
 
 CKNNA: arXiv 2405.07987; SE-CKNNA, dual alignment: VFM-VAE, 2510.18457; joint training: REPA-E, 2504.10483.
@@ -75,10 +75,11 @@ class Config:
     save_interval: Positive = 2_000  # of checkpoints
     # the study
     study: bool = False  # run what it lacks
-    study_methods: str = "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok"  # of METHODS
+    study_methods: str = (  # of METHODS
+        "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok,rae,psvae,rae-sphere,vfmvae-simvq")
     study_seeds: Positive = 3  # runs of each
-    study_align: str = "none,repa"  # diffusion models: none, repa, reg, text (captions in place of classes)
-    study_kimg: float = 28.0  # thousand images a tokenizer
+    study_align: str = "none,text"  # diffusion models: none, repa, reg, text (captions in place of classes)
+    study_kimg: float = 14.0  # thousand images a tokenizer, in batches of 8
     study_steps: Positive = 1_500  # of 64, a diffusion model
     study_points: tuple[int, ...] = (375, 750, 1_500)  # steps to judge it at
     study_samples: Positive = 1_000  # judged, and held-out images
@@ -581,7 +582,7 @@ def study_run(cfg, jury, vfms, method, seed, folder):
     row = dict(METHODS[method])
     flow = row.pop("path", "linear")
     train_tokenizer(TokenizerConfig(**dict(
-        TOKENIZER_PRESETS["toy"], **shared, **row, recipe="study", decoder="vfmvae", batch_size=16, kimg=cfg.study_kimg,
+        TOKENIZER_PRESETS["toy"], **shared, **row, recipe="study", decoder="vfmvae", batch_size=8, kimg=cfg.study_kimg,
         out=str(folder))), world)
     path = str(folder / "tokenizer.pt")
     (subject,), _ = load_subjects([path], world)
@@ -637,6 +638,8 @@ def study(cfg):
     with alone(f"{cfg.cache}/study"):  # trains what is missing once
         vfms = {name: load_vfm(name, cfg.cache).to(world.device) for name in ("toy", "toy-blind")}
         jury = Jury(cfg.study_samples, cfg.cache, world)
+    if "text" in cfg.study_align and jury.data.in_text_training()[:cfg.study_samples].all():
+        raise UserError("--study_samples must reach a caption of a left-out pair")
 
     settings = dict(study_points=list(cfg.study_points))
     for key in ("seed", "k", "study_align", "study_kimg", "study_steps", "study_samples"):
@@ -757,7 +760,9 @@ def sweep(cfg, world):
 # --------------------------------------
 # Charts
 
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+COLOURS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
+    "#bcbd22", "#17becf")
 
 
 def chart(path, panels, columns=2):

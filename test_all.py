@@ -5106,7 +5106,7 @@ def test_joint_training_of_every_method():
 
 
 STUDY = ("--study=1", "--study_methods=vae-8,vfmvae", "--study_seeds=2", "--study_kimg=0.128", "--study_steps=3",
-         "--study_points=1,3", "--study_samples=24", "--encode_batch=24")
+         "--study_points=1,3", "--study_samples=24", "--encode_batch=24", "--study_align=none,repa")
 
 
 @contextlib.contextmanager
@@ -5254,7 +5254,7 @@ def made_up_results(folder, runs):
 def test_study_report():
     """Means, deviations and rank correlations of the table are those of the results."""
     from scipy.stats import spearmanr
-    cfg = align.Config(study_points=(1, 3))
+    cfg = align.Config(study_align="none,repa", study_points=(1, 3))
     with tempfile.TemporaryDirectory() as folder:
         runs = [(method, seed) for seed in range(3) for method in ("vae", "vfmvae", "aligntok")]
         text = align.study_report(cfg, Path(folder), made_up_results(folder, runs))
@@ -5279,16 +5279,19 @@ def test_study_report():
 def test_study_report_of_old_results():
     """The results of the study in assets/ are read as they are."""
     paths = sorted((HERE / "assets" / "study").glob("*/result.json"))
+    settings = tokenizer.read_json(paths[0])["settings"]
+    cfg = align.Config(study_align=settings["study_align"], study_points=tuple(settings["study_points"]))
     with tempfile.TemporaryDirectory() as folder:
-        text = align.study_report(align.Config(), Path(folder), paths)
+        text = align.study_report(cfg, Path(folder), paths)
         assert Path(folder, "study.png").exists() and f"{len(paths)} runs" in text and "nan" not in text
 
 
 def test_study_report_of_one_run():
     """One run alone has neither deviations nor correlations."""
+    cfg = align.Config(study_align="none,repa", study_points=(1, 3))
     with tempfile.TemporaryDirectory() as folder:
         paths = made_up_results(folder, [("vae", 0)])
-        text = align.study_report(align.Config(study_points=(1, 3)), Path(folder), paths)
+        text = align.study_report(cfg, Path(folder), paths)
     assert text.count("±") == 1 and "Spearman" not in text and "| gFD | repa | vae |" in text
 
 
@@ -5339,6 +5342,7 @@ def test_align_refuses():
         fails(lambda: run_align(folder, "--study=1", "--study_methods=vq"), "no vq", "vfmvae-blind")
         fails(lambda: run_align(folder, "--study=1", "--study_align=repaa"), "no repaa", "none, repa, reg")
         fails(lambda: run_align(folder, "--study=1", "--study_points=2000"), "study_points")
+        fails(lambda: run_align(folder, *STUDY, "--study_align=none,text"), "study_samples", "left-out")
         fails(lambda: run_align(folder, "--image_size=36", "--images=20"), "do not fit")
         entries = torch.load(f"{folder}/diffusion.pt", weights_only=True)
         entries["config"]["data"] = "CIFAR10"
@@ -5955,6 +5959,50 @@ def test_networks_run_once_a_batch():
             vfm=int(method != "vae"), anchor=int("encoder" in stage.trains), decoder=1,
             perceptual=2 * (stage.lpips > 0), dino=3 * (stage.dino > 0), patch=3 * (stage.patch > 0),
             multi=3 * 4 * (stage.multi > 0)), (stage.name, runs)
+
+
+@with_diffusion_folder
+def test_bytes_read(folder, cfg):
+    """An epoch reads every image and caption of a tar once and nothing else; a batch of a cache its own rows alone."""
+    pattern, _ = shards_and_folder(folder, n=16)
+    data = tokenizer.Images(pattern, "train", 32, cache=folder)
+    data.require_captions()
+    order = tokenizer.step_batches(len(data), 4, 0, 0, 4, WORLD)
+    with mock.patch.object(os, "pread", wraps=os.pread) as pread:
+        assert len(list(tokenizer.make_loader(data, order, WORLD, 0))) == 4
+    sizes = data.places[:, [2, 4]].flatten()
+    assert sorted(call.args[1] for call in pread.call_args_list) == sorted(sizes)
+
+    latents, _ = Cache(folder, cfg).make()
+    array = latents.arrays["latents"]  # [n, C, h, w], a mapped file
+    reads = []
+
+    class Reads(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if any(argument is array for argument in arguments) and torch.is_tensor(result):
+                reads.append(result.nbytes)
+            return result
+
+    order = tokenizer.step_batches(len(latents), 8, 0, 0, 3, WORLD)
+    with Reads():
+        assert len(list(tokenizer.make_loader(latents, order, WORLD, 0, collate=dict))) == 3
+    assert reads == 3 * [8 * array[0].nbytes]
+
+
+def test_freed_memory_is_kept():
+    """On the CPU what a step frees serves the next one: the kernel need not fill its pages again."""
+    program = """
+import resource, tokenizer, torch
+tokenizer.init_world()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2 ** 24) + torch.ones(2 ** 24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    printed = script("-c", program).split()
+    assert int(printed[-1]) < 2 ** 24 * 4 // resource.getpagesize(), printed  # a tensor's
 
 
 @mock.patch.object(tokenizer, "load_vfm", lambda *names, **keywords: tiny_vfm("toy", depth=1))
