@@ -78,7 +78,8 @@ class Config:
     study_methods: str = (  # of METHODS
         "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok,rae,psvae,rae-sphere,vfmvae-simvq")
     study_seeds: Positive = 3  # runs of each
-    study_align: str = "none,text"  # diffusion models: none, repa, reg, text (captions in place of classes)
+    study_align: str = "none"  # diffusion models of classes: none, repa, reg
+    study_text: str = "vae,vavae,vfmvae,aligntok"  # methods with one of captions, too
     study_kimg: float = 14.0  # thousand images a tokenizer, in batches of 8
     study_steps: Positive = 1_500  # of 64, a diffusion model
     study_points: tuple[int, ...] = (375, 750, 1_500)  # steps to judge it at
@@ -592,15 +593,15 @@ def study_run(cfg, jury, vfms, method, seed, folder):
         reference=jury.real["statistics"])
 
     points = {}
-    # none and text after those whose cache they read
-    for align in sorted(cfg.study_align.split(","), key=lambda align: align in ("none", "text")):
+    aligns = sorted(cfg.study_align.split(","), key="none".__eq__)  # none after those whose cache it reads
+    for align in aligns + ["text"] * (method in cfg.study_text.split(",")):
         text = "toy" if align == "text" else ""
         sampling = Sampling(seed=seed, solver="euler", num_steps=12, cfg_scale=3.0 if text else 1.0)
         train_diffusion(DiffusionConfig(**dict(
-            DIFFUSION_PRESETS["toy"], **shared, path=flow, flip=not text, text=text, align="none" if text else align,
+            DIFFUSION_PRESETS["toy"], **shared, path=flow, text=text, align="none" if text else align,
             align_vfm=subject.vfm, steps=cfg.study_steps, ema=0.99, keep=True,
-            save_interval=math.gcd(*cfg.study_points), sample_interval=0,
-            tokenizer=path, latents=str(folder / "latents"), out=str(folder / align))), world)
+            save_interval=math.gcd(*cfg.study_points), sample_interval=0, tokenizer=path,
+            latents=str(folder / "latents"), out=str(folder / align))), world)
         points[align] = []
         for step in cfg.study_points:
             dit = load_diffusion(folder / align / f"diffusion{'-text' * bool(text)}-{step}.pt").to(world.device)
@@ -630,19 +631,20 @@ def study(cfg):
     os.environ["LOCAL_RANK"] = str(rank % max(1, torch.cuda.device_count()))
     world = init_world(cfg.out, cfg.cache)
     methods = cfg.study_methods.split(",")
-    unknown = {*methods, *cfg.study_align.split(",")} - {*METHODS, "none", "repa", "reg", "text"}
+    texts = list(filter(None, cfg.study_text.split(",")))
+    unknown = {*methods, *texts, *cfg.study_align.split(",")} - {*METHODS, "none", "repa", "reg"}
     if unknown:
-        raise UserError(f"no {min(unknown)}: methods are {', '.join(METHODS)}, alignments none, repa, reg, text")
+        raise UserError(f"no {min(unknown)}: methods are {', '.join(METHODS)}, alignments none, repa, reg")
     if not all(0 < step <= cfg.study_steps for step in cfg.study_points or [0]):
         raise UserError("--study_points must be from 1, and must not exceed --study_steps")
     with alone(f"{cfg.cache}/study"):  # trains what is missing once
         vfms = {name: load_vfm(name, cfg.cache).to(world.device) for name in ("toy", "toy-blind")}
         jury = Jury(cfg.study_samples, cfg.cache, world)
-    if "text" in cfg.study_align and jury.data.in_text_training()[:cfg.study_samples].all():
+    if {*methods} & {*texts} and jury.data.in_text_training()[:cfg.study_samples].all():
         raise UserError("--study_samples must reach a caption of a left-out pair")
 
     settings = dict(study_points=list(cfg.study_points))
-    for key in ("seed", "k", "study_align", "study_kimg", "study_steps", "study_samples"):
+    for key in ("seed", "k", "study_align", "study_text", "study_kimg", "study_steps", "study_samples"):
         settings[key] = getattr(cfg, key)
     # equal in all of a table's runs
     stamp = dict(settings=settings, networks=fingerprint(*vfms.values(), jury.net))
@@ -679,29 +681,31 @@ def study_report(cfg, folder, paths):
     for result in results:
         methods[result["method"]].append(result)
     qualities = []
-    means = []  # [methods, qualities]
+    means = {}  # [qualities] each
     for method, its in methods.items():
         known = np.array([[result[key] for key in QUALITIES] for result in its])  # [runs, qualities]
         qualities.append([method, *map(spread, known.T)])
-        means.append(known.mean(0))
+        means[method] = known.mean(0)
 
-    aligns = cfg.study_align.split(",")
+    aligns = list(dict.fromkeys(itertools.chain(*(result["points"] for result in results))))
     panels = {}
     outcomes = []
     rhos = []
     spearman = defaultdict(dict)
-    judged = [*itertools.product(OUTCOMES, aligns)]
+    judged = list(itertools.product(OUTCOMES, aligns))
     if "text" in aligns:
         judged += [(outcome, "text") for outcome in TEXT_OUTCOMES]
     for outcome, align in judged:
         series = panels[f"{outcome} by diffusion steps, alignment: {align}"] = {}
         for method, its in methods.items():
+            if align not in its[0]["points"]:
+                continue
             ys = np.array([[point[outcome] for point in result["points"][align]] for result in its])  # [runs, points]
             series[method] = cfg.study_points, ys.mean(0), ys.std(0, ddof=len(ys) > 1)
             outcomes.append([outcome, align, method, *map(spread, ys.T)])
-        if len(methods) > 1:
+        if len(series) > 1:
             final = [ys[-1] for _, ys, _ in series.values()]
-            ranks = rankdata(np.column_stack([final, means]), axis=0)
+            ranks = rankdata(np.column_stack([final, [means[method] for method in series]]), axis=0)
             rho = np.corrcoef(ranks, rowvar=False)[0, 1:].tolist()
             spearman[align][outcome] = dict(zip(QUALITIES, rho))
             rhos.append([outcome, align, *(f"{value:+.2f}" for value in rho)])

@@ -59,7 +59,7 @@ class Config:
     resume: bool = True  # from OUT/diffusion.pt
     seed: int = 0  # of weights, batches, noise
     # data and its latents
-    tokenizer: str = ""  # ours or official; empty: OUT/tokenizer.pt
+    tokenizer: str = ""  # ours or official, RAE's decoder: FILE::VFM; empty: OUT/tokenizer.pt
     data: str = "data/imagenet"  # folder, FOLDER/{00000..00099}.tar, shapes, CIFAR10, ...
     caption_key: str = ""  # captions: this field of each NAME.json; empty: NAME.txt
     data_dir: str = "data"  # of torchvision's data sets
@@ -970,7 +970,7 @@ def train(cfg, world):
     stem = "diffusion-text" if cfg.text else "diffusion"
     path = out / f"{stem}.pt"
     source = cfg.tokenizer or f"{out}/tokenizer.pt"
-    if not os.path.exists(source):
+    if not os.path.exists(source.partition("::")[0]):
         raise UserError(f"no {source}: run tokenizer.py first, or give --tokenizer")
 
     # data

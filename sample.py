@@ -36,7 +36,7 @@ class Config:
     preset: str = ""  # imagenet (given CUDA and data/imagenet/train), reg or toy
     out: str = "out"  # images go to OUT/samples
     ckpt: str = ""  # diffusion model; empty: OUT/diffusion.pt, of prompts OUT/diffusion-text.pt
-    tokenizer: str = ""  # empty: what ckpt names
+    tokenizer: str = ""  # empty: what ckpt names; RAE's decoder: FILE::VFM
     latent_stats: str = ""  # official ckpt: file of its latents' "mean", "std", or RAE's "mean", "var"
     num_heads: int = 0  # official ckpt; 0: the published model's
     n: int = 0  # images; 0: 50,000; toy 1,000; of --prompt 4 each
@@ -77,8 +77,9 @@ def tokenizer_beside(path, entries):
     """The tokenizer that a diffusion checkpoint names, or one of that name beside it."""
     if "tokenizer" not in entries:
         raise UserError(f"{path} names no tokenizer: give --tokenizer=FILE")
-    named = Path(entries["tokenizer"])
-    return str(named if named.exists() else Path(path).parent / named.name)
+    file, colons, encoder = entries["tokenizer"].partition("::")  # RAE's
+    named = Path(file)
+    return f"{named if named.exists() else Path(path).parent / named.name}{colons}{encoder}"
 
 
 def load_pipeline(cfg, world):

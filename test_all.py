@@ -1180,8 +1180,8 @@ def test_other_autoencoders():
 
 
 def rae_files(folder):
-    """A small decoder and its VFM, laid out as RAE's and DINOv3's -> (the decoder's path, load_tokenizer's overrides,
-    the decoder's weights)."""
+    """A small decoder and its VFM, laid out as RAE's and DINOv3's -> (the decoder's path, the VFM's, load_tokenizer's
+    overrides, the decoder's weights)."""
     shapes = {"decoder_embed.weight": [48, 64], "decoder_embed.bias": [48], "decoder_norm.weight": [48],
               "decoder_norm.bias": [48], "decoder_pred.weight": [3 * 64, 48], "decoder_pred.bias": [3 * 64],
               "trainable_cls_token": [1, 1, 48], "decoder_pos_embed": [1, 17, 48]}
@@ -1195,7 +1195,7 @@ def rae_files(folder):
     state = {key: tensor(key, shape) for key, shape in shapes.items()}
     torch.save(state, f"{folder}/model.pt")
     vfm = write_vit(folder, fill(golden("dinov3")))
-    return f"{folder}/model.pt", dict(vfm=vfm, num_heads=2, decoder_heads=3), state
+    return f"{folder}/model.pt", vfm, dict(num_heads=2, decoder_heads=3), state
 
 
 def mae_positions(grid, dim):
@@ -1237,17 +1237,18 @@ def test_rae_file():
     """RAE's published layout: latents are the VFM's last tokens, normalised without its affine, images those of the
     decoder written out; images of half the size are decoded, larger ones refused."""
     with tempfile.TemporaryDirectory() as folder:
-        path, overrides, state = rae_files(folder)
-        tok = tokenizer.load_tokenizer(path, **overrides)
-        vit = tokenizer.load_vfm(overrides["vfm"], num_heads=2)
+        path, vfm, overrides, state = rae_files(folder)
+        pair = f"{path}::{vfm}"
+        tok = tokenizer.load_tokenizer(pair, **overrides)
+        vit = tokenizer.load_vfm(vfm, num_heads=2)
         again = tokenizer.Tokenizer(**tok.arch)
         again.load_state_dict(tok.state_dict())
         torch.save({f"decoder.{key}": value for key, value in state.items()}, path)
-        prefixed = tokenizer.load_tokenizer(path, **overrides)
+        prefixed = tokenizer.load_tokenizer(pair, **overrides)
         torch.save({key: value for key, value in state.items() if key != "decoder_layers.1.output.dense.bias"}, path)
-        fails(lambda: tokenizer.load_tokenizer(path, **overrides), path, "decoder.blocks.1.mlp.fc2.bias")
+        fails(lambda: tokenizer.load_tokenizer(pair, **overrides), path, "decoder.blocks.1.mlp.fc2.bias")
         torch.save({**state, "decoder_embed.weight": torch.zeros(48, 32)}, path)
-        fails(lambda: tokenizer.load_tokenizer(path, **overrides), "32 channels", "VFM of 64")
+        fails(lambda: tokenizer.load_tokenizer(pair, **overrides), "32 channels", "VFM of 64")
     assert (tok.resolution, tok.downsample, tok.z_dim, tok.scale_factor) == (32, 8, 64, 2.0)
     torch.testing.assert_close(tok.decoder.pos_embed.flatten(0, 1), mae_positions(4, 48)[1:])
     x = image(2, 3, 32, 32) * 2 - 1
@@ -3219,6 +3220,33 @@ def test_losses_reach_what_they_should():
 
 
 @with_diffusion_folder
+def test_rae_decoders_on_the_command_line(folder, cfg):
+    """FILE::VFM is a tokenizer for sample.py, diffusion.py, and for samples of the model trained on it, whose name of
+    it holds where both files have moved together; other tokenizers have their encoders inside."""
+    rae = Path(folder, "rae")
+    rae.mkdir()
+    path, vfm, *_ = rae_files(rae)
+    pair = f"{path}::{vfm}"
+    images = Path(folder, "images")
+    images.mkdir()
+    pixels = Shapes("train", 32)[0][0]
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(images / "0.png")
+    command(sample, f"--reconstruct={images}", f"--tokenizer={pair}", f"--out={folder}/again")
+    tok = tokenizer.load_tokenizer(pair)
+    with torch.no_grad():
+        want = tokenizer.to_uint8(tok.decode(tok.encode(tokenizer.to_float(pixels[None]))[0]))[0]
+    found = np.asarray(Image.open(f"{folder}/again/reconstructions/0.png"))
+    assert (np.abs(found.astype(int) - want.permute(1, 2, 0).numpy()) <= 1).all()
+
+    train_diffusion(cfg, tokenizer=pair, out=str(rae), latents=f"{folder}/rae-latents", steps=1, align="none")
+    assert sample.tokenizer_beside(f"{rae}/diffusion.pt", dict(tokenizer=pair)) == pair
+    rae.rename(f"{folder}/moved")
+    moved = sample.tokenizer_beside(f"{folder}/moved/diffusion.pt", dict(tokenizer=pair))
+    assert moved == f"{folder}/moved/model.pt::{vfm}"
+    fails(lambda: tokenizer.load_tokenizer(f"{folder}/out/tokenizer.pt::toy"), "no decoder of RAE", "toy")
+
+
+@with_diffusion_folder
 def test_rae_latents_are_normalised_by_position(folder, cfg):
     """RAE's latents, cached, trained on and sampled: mean and deviation of each position and channel of the cache are
     0 and 1; generate undoes them; the published statistics' form is read."""
@@ -5106,7 +5134,7 @@ def test_joint_training_of_every_method():
 
 
 STUDY = ("--study=1", "--study_methods=vae-8,vfmvae", "--study_seeds=2", "--study_kimg=0.128", "--study_steps=3",
-         "--study_points=1,3", "--study_samples=24", "--encode_batch=24", "--study_align=none,repa")
+         "--study_points=1,3", "--study_samples=24", "--encode_batch=24", "--study_align=none,repa", "--study_text=")
 
 
 @contextlib.contextmanager
@@ -5156,7 +5184,8 @@ def test_study_of_captions():
     """Text models are judged at every point, too; held-out images in place of samples score as real ones do, caption
     by caption."""
     with small_study() as folder:
-        flags = *STUDY, "--study_methods=vfmvae", "--study_seeds=1", "--study_samples=40", "--study_align=none,text"
+        flags = *STUDY, "--study_methods=vfmvae", "--study_seeds=1", "--study_samples=40", "--study_align=none"
+        flags = *flags, "--study_text=vae,vfmvae"
         printed = run_align(folder, *flags)
         points = study_results(folder)["vfmvae-0"]["points"]["text"]
         assert [point["step"] for point in points] == [1, 3]
@@ -5254,7 +5283,7 @@ def made_up_results(folder, runs):
 def test_study_report():
     """Means, deviations and rank correlations of the table are those of the results."""
     from scipy.stats import spearmanr
-    cfg = align.Config(study_align="none,repa", study_points=(1, 3))
+    cfg = align.Config(study_points=(1, 3))
     with tempfile.TemporaryDirectory() as folder:
         runs = [(method, seed) for seed in range(3) for method in ("vae", "vfmvae", "aligntok")]
         text = align.study_report(cfg, Path(folder), made_up_results(folder, runs))
@@ -5280,7 +5309,7 @@ def test_study_report_of_old_results():
     """The results of the study in assets/ are read as they are."""
     paths = sorted((HERE / "assets" / "study").glob("*/result.json"))
     settings = tokenizer.read_json(paths[0])["settings"]
-    cfg = align.Config(study_align=settings["study_align"], study_points=tuple(settings["study_points"]))
+    cfg = align.Config(study_points=tuple(settings["study_points"]))
     with tempfile.TemporaryDirectory() as folder:
         text = align.study_report(cfg, Path(folder), paths)
         assert Path(folder, "study.png").exists() and f"{len(paths)} runs" in text and "nan" not in text
@@ -5288,7 +5317,7 @@ def test_study_report_of_old_results():
 
 def test_study_report_of_one_run():
     """One run alone has neither deviations nor correlations."""
-    cfg = align.Config(study_align="none,repa", study_points=(1, 3))
+    cfg = align.Config(study_points=(1, 3))
     with tempfile.TemporaryDirectory() as folder:
         paths = made_up_results(folder, [("vae", 0)])
         text = align.study_report(cfg, Path(folder), paths)
@@ -5342,7 +5371,7 @@ def test_align_refuses():
         fails(lambda: run_align(folder, "--study=1", "--study_methods=vq"), "no vq", "vfmvae-blind")
         fails(lambda: run_align(folder, "--study=1", "--study_align=repaa"), "no repaa", "none, repa, reg")
         fails(lambda: run_align(folder, "--study=1", "--study_points=2000"), "study_points")
-        fails(lambda: run_align(folder, *STUDY, "--study_align=none,text"), "study_samples", "left-out")
+        fails(lambda: run_align(folder, *STUDY, "--study_text=vfmvae"), "study_samples", "left-out")
         fails(lambda: run_align(folder, "--image_size=36", "--images=20"), "do not fit")
         entries = torch.load(f"{folder}/diffusion.pt", weights_only=True)
         entries["config"]["data"] = "CIFAR10"

@@ -2291,9 +2291,10 @@ def from_rae(state, vfm, decoder_heads=0):
 
 def load_tokenizer(path, **overrides):
     """A frozen Tokenizer with averaged weights: ours, an official VFM-VAE's, LDM's format (VA-VAE, SD-VAE, FLUX's), or
-    RAE's decoder with its encoder, the `vfm` of that name or file (dinov2_vitb14_reg).
+    RAE's decoder: "FILE::VFM" names its encoder, or the file of that (without: dinov2_vitb14_reg).
     What shapes do not show is as published, or overridden: num_heads (the VFM's), decoder_heads (RAE's), layers,
     scale_factor, resolution. `about`: what else our checkpoints say."""
+    path, _, encoder = str(path).partition("::")
     entries = load_weights(path)
     with reading(path):
         if entries.get("kind", "tokenizer") != "tokenizer":
@@ -2309,10 +2310,13 @@ def load_tokenizer(path, **overrides):
             arch, state = from_ldm(state)
         elif any(key.endswith("decoder_embed.weight") for key in state):
             heads = dict(num_heads=overrides.pop("num_heads")) if "num_heads" in overrides else {}
-            vfm = load_vfm(overrides.pop("vfm", "dinov2_vitb14_reg"), **heads)
+            vfm = load_vfm(encoder or "dinov2_vitb14_reg", **heads)
             arch, state = from_rae(state, vfm, overrides.pop("decoder_heads", 0))
+            encoder = ""
         else:
             raise UserError(f"{path} is no tokenizer: it has not VFM-VAE's keys (ldm_adapter.*), LDM's or RAE's")
+        if encoder:
+            raise UserError(f"{path} is no decoder of RAE: it comes without {encoder}")
         if "num_heads" in overrides and arch.get("vfm"):
             arch["vfm"]["num_heads"] = overrides.pop("num_heads")
         tok = Tokenizer(**{**arch, **overrides})
