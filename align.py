@@ -193,7 +193,7 @@ def load_subjects(paths, world):
     subjects = {}
     vfms = {}
     for path in paths:
-        entries = load_weights(path)
+        entries = load_weights(path.partition("::")[0])  # RAE's: FILE::VFM
         diffuses = entries.get("kind") == "diffusion"
         owner = tokenizer_beside(path, entries) if diffuses else path
         if owner not in subjects:
@@ -593,7 +593,7 @@ def study_run(cfg, jury, vfms, method, seed, folder):
         reference=jury.real["statistics"])
 
     points = {}
-    aligns = sorted(cfg.study_align.split(","), key="none".__eq__)  # none after those whose cache it reads
+    aligns = sorted(cfg.study_align.split(","), key=lambda align: align == "none")  # after those whose cache it reads
     for align in aligns + ["text"] * (method in cfg.study_text.split(",")):
         text = "toy" if align == "text" else ""
         sampling = Sampling(seed=seed, solver="euler", num_steps=12, cfg_scale=3.0 if text else 1.0)
@@ -632,7 +632,7 @@ def study(cfg):
     world = init_world(cfg.out, cfg.cache)
     methods = cfg.study_methods.split(",")
     texts = list(filter(None, cfg.study_text.split(",")))
-    unknown = {*methods, *texts, *cfg.study_align.split(",")} - {*METHODS, "none", "repa", "reg"}
+    unknown = {*methods, *texts} - METHODS.keys() | {*cfg.study_align.split(",")} - {"none", "repa", "reg"}
     if unknown:
         raise UserError(f"no {min(unknown)}: methods are {', '.join(METHODS)}, alignments none, repa, reg")
     if not all(0 < step <= cfg.study_steps for step in cfg.study_points or [0]):
@@ -765,8 +765,7 @@ def sweep(cfg, world):
 # Charts
 
 COLOURS = (
-    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
-    "#bcbd22", "#17becf")
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
 def chart(path, panels, columns=2):

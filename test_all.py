@@ -3222,11 +3222,11 @@ def test_losses_reach_what_they_should():
 @with_diffusion_folder
 def test_rae_decoders_on_the_command_line(folder, cfg):
     """FILE::VFM is a tokenizer for sample.py, diffusion.py, and for samples of the model trained on it, whose name of
-    it holds where both files have moved together; other tokenizers have their encoders inside."""
+    the decoder holds where both have moved together; other tokenizers have their encoders inside."""
     rae = Path(folder, "rae")
     rae.mkdir()
-    path, vfm, *_ = rae_files(rae)
-    pair = f"{path}::{vfm}"
+    path, vfm, *_ = rae_files(folder)
+    pair = f"{shutil.move(path, rae)}::{vfm}"
     images = Path(folder, "images")
     images.mkdir()
     pixels = Shapes("train", 32)[0][0]
@@ -3239,11 +3239,16 @@ def test_rae_decoders_on_the_command_line(folder, cfg):
     assert (np.abs(found.astype(int) - want.permute(1, 2, 0).numpy()) <= 1).all()
 
     train_diffusion(cfg, tokenizer=pair, out=str(rae), latents=f"{folder}/rae-latents", steps=1, align="none")
-    assert sample.tokenizer_beside(f"{rae}/diffusion.pt", dict(tokenizer=pair)) == pair
-    rae.rename(f"{folder}/moved")
-    moved = sample.tokenizer_beside(f"{folder}/moved/diffusion.pt", dict(tokenizer=pair))
-    assert moved == f"{folder}/moved/model.pt::{vfm}"
+    sampled = []
+    for place in rae, Path(folder, "moved"):
+        rae = rae.rename(place)
+        command(sample, f"--ckpt={rae}/diffusion.pt", f"--out={rae}", "--preset=toy", "--n=2", "--num_steps=3")
+        sampled.append([path.read_bytes() for path in sorted(rae.glob("samples/*.png"))])
+    assert len(sampled[0]) == 2 and sampled[0] == sampled[1]
+    (subject,), _ = align.load_subjects([f"{rae}/model.pt::{vfm}"], WORLD)
+    assert subject.tokenizer.vfm is not None
     fails(lambda: tokenizer.load_tokenizer(f"{folder}/out/tokenizer.pt::toy"), "no decoder of RAE", "toy")
+    fails(lambda: command(sample, f"--reconstruct={images}", f"--tokenizer={rae}/model.pt::dino"), "dino")
 
 
 @with_diffusion_folder
@@ -5369,7 +5374,8 @@ def test_align_refuses():
         fails(lambda: run_align(folder, "--reference=nothing", "--images=20"), "no VFM nothing")
         fails(lambda: run_align(folder, "--steps=1", f"{folder}/tokenizer.pt"), "no diffusion checkpoint")
         fails(lambda: run_align(folder, "--study=1", "--study_methods=vq"), "no vq", "vfmvae-blind")
-        fails(lambda: run_align(folder, "--study=1", "--study_align=repaa"), "no repaa", "none, repa, reg")
+        fails(lambda: run_align(folder, "--study=1", "--study_methods=none"), "no none", "vfmvae-blind")
+        fails(lambda: run_align(folder, "--study=1", "--study_align=vae"), "no vae", "none, repa, reg")
         fails(lambda: run_align(folder, "--study=1", "--study_points=2000"), "study_points")
         fails(lambda: run_align(folder, *STUDY, "--study_text=vfmvae"), "study_samples", "left-out")
         fails(lambda: run_align(folder, "--image_size=36", "--images=20"), "do not fit")

@@ -2301,6 +2301,9 @@ def load_tokenizer(path, **overrides):
             raise UserError(f"{path} is a {entries['kind']} checkpoint, not a tokenizer")
         state = entries.get("G_ema", entries.get("state_dict", entries))
         state = {k.removeprefix("module."): v for k, v in state.items()}
+        of_rae = any(key.endswith("decoder_embed.weight") for key in state)
+        if encoder and not of_rae:
+            raise UserError(f"{path} is no decoder of RAE: leave ::{encoder} out")
         if "kind" in entries:
             arch = entries["arch"]
             state = {**entries["model"], **entries["ema"]}
@@ -2308,15 +2311,12 @@ def load_tokenizer(path, **overrides):
             arch, state = from_vfmvae(state)
         elif "decoder.conv_in.weight" in state:
             arch, state = from_ldm(state)
-        elif any(key.endswith("decoder_embed.weight") for key in state):
+        elif of_rae:
             heads = dict(num_heads=overrides.pop("num_heads")) if "num_heads" in overrides else {}
             vfm = load_vfm(encoder or "dinov2_vitb14_reg", **heads)
             arch, state = from_rae(state, vfm, overrides.pop("decoder_heads", 0))
-            encoder = ""
         else:
             raise UserError(f"{path} is no tokenizer: it has not VFM-VAE's keys (ldm_adapter.*), LDM's or RAE's")
-        if encoder:
-            raise UserError(f"{path} is no decoder of RAE: it comes without {encoder}")
         if "num_heads" in overrides and arch.get("vfm"):
             arch["vfm"]["num_heads"] = overrides.pop("num_heads")
         tok = Tokenizer(**{**arch, **overrides})
