@@ -6030,14 +6030,14 @@ def test_freed_memory_is_kept():
     program = """
 import resource, tokenizer, torch
 tokenizer.init_world()
-for _ in range(2):
+for _ in range(4):  # the heap grows to what it takes
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
         torch.ones(2 ** 24) + torch.ones(2 ** 24)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     printed = script("-c", program).split()
-    assert int(printed[-1]) < 2 ** 24 * 4 // resource.getpagesize(), printed  # a tensor's
+    assert int(printed[-1]) < 3 * 2 ** 24 * 4 // resource.getpagesize(), printed  # three tensors' of 15
 
 
 @mock.patch.object(tokenizer, "load_vfm", lambda *names, **keywords: tiny_vfm("toy", depth=1))

@@ -3738,11 +3738,8 @@ def save_grid(images, path, columns, labels=None):
 
 def run():
     cfg = parse_config(Config, PRESETS)
-    world = init_world(cfg.out, cfg.cache, peak_tflops=cfg.peak_tflops)
-    if cfg.bench:
-        bench(cfg, world)
-    else:
-        train(cfg, world)
+    action = bench if cfg.bench else train
+    action(cfg, init_world(cfg.out, cfg.cache, peak_tflops=cfg.peak_tflops))
 
 
 if __name__ == "__main__":
