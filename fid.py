@@ -329,7 +329,7 @@ class Npz:
 
     def __init__(self, path):
         self.paths = [path]
-        self.file = None
+        self.process = None  # that opened the file: a fork would share its position
         with reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             np.lib.format.read_magic(member)
             self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
@@ -344,8 +344,9 @@ class Npz:
         shape = self.shape[1:]
         nbytes = math.prod(shape)
         with reading(self.paths[0]):
-            if self.file is None:  # each loader process needs its own
+            if self.process != os.getpid():
                 self.file = zipfile.ZipFile(self.paths[0]).open("arr_0.npy")
+                self.process = os.getpid()
             self.file.seek(self.start + indices.start * nbytes)
             data = bytearray(self.file.read(len(indices) * nbytes))
             images = np.frombuffer(data, np.uint8).reshape(len(indices), *shape)

@@ -1,7 +1,7 @@
 """
 Every test.
 
-    python test_all.py  # all
+    python test_all.py  # all, a process a core
     python test_all.py vit cache  # those whose names contain one of the words
     pytest test_all.py  # the same under pytest
 
@@ -19,6 +19,7 @@ import gzip
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -33,7 +34,7 @@ import time
 import traceback
 import tracemalloc
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -172,7 +173,8 @@ def torchrun(*arguments, processes=2, **environment):
     return script(*launcher, *arguments, **environment)
 
 
-SHARED = tempfile.mkdtemp()  # what several tests use: the toy's classifier, drawn shapes
+# what several tests use: the toy's classifier, drawn shapes
+SHARED = os.environ.get("TEST_CACHE") or tempfile.mkdtemp()
 atexit.register(shutil.rmtree, SHARED, ignore_errors=True)
 WORLD = tokenizer.World(0, 1, torch.device("cpu"))
 
@@ -6073,25 +6075,36 @@ def test_every_method_compiles_whole():
 
 # -----------------------------------------------------------------------------
 
+def start_worker(method):
+    """Its loader processes start as they do elsewhere."""
+    multiprocessing.set_start_method(method, force=True)
+
+
+def run_one(name):
+    """-> the test's outcome, its seconds, why it was not passed."""
+    start = time.perf_counter()
+    outcome, reason = "passed", ""
+    try:
+        globals()[name]()
+    except Skip as skipped:
+        outcome, reason = "skipped", f"    {skipped}\n"
+    except Exception:
+        outcome, reason = "failed", traceback.format_exc()
+    return outcome, time.perf_counter() - start, reason
+
+
 def run_all(words):
-    """Runs the tests whose names contain one of the words -> whether any failed, or none ran."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    """Runs the tests whose names contain one of the words, in a process a core (up to eight), each on one thread ->
+    whether any failed, or none ran."""
+    names = [name for name in globals() if name.startswith("test_") and (not words or any(w in name for w in words))]
     counts = dict(passed=0, failed=0, skipped=0)
-    for name, test in list(globals().items()):
-        if not name.startswith("test_") or words and not any(word in name for word in words):
-            continue
-        start = time.perf_counter()
-        outcome = "passed"
-        try:
-            test()
-        except Skip as reason:
-            outcome = "skipped"
-            print(f"    {reason}")
-        except Exception:
-            outcome = "failed"
-            traceback.print_exc()
-        counts[outcome] += 1
-        print(f"{outcome:8s} {time.perf_counter() - start:6.1f} s  {name}", flush=True)
+    workers = max(1, min(8, torch.get_num_threads(), len(names)))
+    os.environ.update(OMP_NUM_THREADS="1", TEST_CACHE=SHARED)  # for the processes
+    spawn = multiprocessing.get_context("spawn")  # a fork may hang where torch has threads
+    with ProcessPoolExecutor(workers, spawn, start_worker, [multiprocessing.get_start_method()]) as pool:
+        for name, (outcome, seconds, reason) in zip(names, pool.map(run_one, names)):
+            counts[outcome] += 1
+            print(f"{reason}{outcome:8s} {seconds:6.1f} s  {name}", flush=True)
     print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
     return counts["failed"] > 0 or not counts["passed"]
 
