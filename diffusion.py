@@ -38,8 +38,8 @@ from typing import Literal
 from tokenizer import (
     MLP, Decay, IdentityAdapter, Log, Positive, Share, ShapesText, UserError, Watch, allocate, fingerprint, grid_angles,
     init_world, lerp_unless, load_checkpoint, load_state, load_text, load_tokenizer, load_vfm, load_weights, main,
-    make_loader, open_data, parse_config, read_json, reading, replacing, save_checkpoint, save_grid, seed_step,
-    sincos_positions, step_batches, step_unless, time_steps, to_float, write_json)
+    make_loader, micro_batch, open_data, parse_config, read_json, reading, replacing, save_checkpoint, save_grid,
+    seed_step, sincos_positions, step_batches, step_unless, time_steps, to_float, write_json)
 
 import numpy as np
 import torch
@@ -1116,7 +1116,7 @@ def bench(cfg, world):
     """Times training steps on random latents."""
     arch = bench_arch(cfg)
     parts = build(cfg, world, arch)
-    n = cfg.batch_size // world.size // cfg.accumulate
+    n = micro_batch(cfg.batch_size, world, cfg.accumulate)
     side = arch["input_size"]
     with world.device:
         tokens = torch.randn(n, 1 + parts[0].grid ** 2, arch["z_dim"])

@@ -511,6 +511,10 @@ def test_image_folders():
         assert (data[0, (0, 5)][0] == data[0, (0, 5)][0]).all() and (data[0, (0, 5)][0] != data[0, (0, 6)][0]).any()
         flat = tokenizer.Images(f"{folder}/val/dog", "train", 16)
         assert len(flat) == 3 and flat.labels.tolist() == [0] * 3
+        os.mkdir(f"{folder}/linked")
+        os.symlink(f"{folder}/train/dog", f"{folder}/linked/wolf")
+        linked = tokenizer.Images(f"{folder}/linked", "train", 32)
+        assert linked.classes == ["wolf"] and len(linked) == 3 and len(fid.Folder(f"{folder}/linked")) == 3
         loader = tokenizer.make_loader(data, tokenizer.step_batches(6, 4, 0, 0, 2, WORLD), WORLD, 2)
         assert [batch.shape for batch, _ in loader] == [(4, 3, 32, 32)] * 2
     fails(lambda: tokenizer.Images("CIFAR10", "train", 32, "/nonexistent"), "CIFAR10", "--download=1")
@@ -995,6 +999,7 @@ def test_vfm_table():
     """The published models' sizes; parameter counts from their papers and model cards."""
     published = dict(dinov2_vits14=22.06, dinov2_vitb14=86.58, dinov2_vitl14=304.37, dinov2_vitg14=1136.48,
                      mae_vitl16=303.3, dino_vits16=21.67, dinov3_vits16=21.6, dinov3_vitb16=85.7, dinov3_vitl16=303.1)
+    published["clip-vit-large-patch14"] = 303.18  # without its projection
     with torch.device("meta"):
         for name, count in published.items():
             found = millions(tokenizer.ViT(**tokenizer.VFMS[name][1]))
@@ -1421,6 +1426,8 @@ def test_impossible_tokenizers_are_refused():
             (dict(method="rae", vit_decoder=(1, 130, 3, 8)), "3 attention heads"),
             (dict(method="rae", vit_decoder=(1, 128)), "num_heads"), (dict(method="rae", downsample=4), "0.5 times")):
         fails(lambda: tokenizer.build_tokenizer(tiny_config("unused", **overrides)), words)
+    arch = tokenizer.build_tokenizer(tiny_config("unused"))[0].arch
+    fails(lambda: tokenizer.Tokenizer(**{**arch, "layers": (0, -1)}), "3 levels", "layers (0, -1)")
     with tempfile.TemporaryDirectory() as folder:
         fails(lambda: tokenizer.train(tiny_config(folder, kimg=0.001), WORLD), "--kimg=0.001")
 
@@ -1719,8 +1726,8 @@ def test_simvq():
 @with_tiny_vfm
 def test_quantized_training():
     """Each method on codes, rae's too (VQRAE): the decoder sees codes, whose gradients are the latents'; losses,
-    gradients are the plain objective's, the share of codes used is reported; W trains with the decoder, the codebook
-    never; what is encoded is codes."""
+    gradients are the plain objective's, the share of codes used, of those that could be, is reported; W trains with the
+    decoder, the codebook never; what is encoded is codes."""
     x = image(8, 3, 32, 32) * 2 - 1
     for method, stages in tokenizer.STAGES["toy"].items():
         trainer = tiny_trainer(method, recipe="toy", quantizer="simvq", codebook=64)
@@ -1739,7 +1746,7 @@ def test_quantized_training():
         values, _, _ = trainer.generator_step(x, None, 0, 0)
         assert "kl" not in values
         torch.testing.assert_close(values["commit"], 1.25 * (mean - codes).square().mean().detach())
-        torch.testing.assert_close(values["codes"], torch.tensor(len(indices.unique()) / 64))
+        torch.testing.assert_close(values["codes"], torch.tensor(len(indices.unique()) / min(64, indices.numel())))
         fast = take_gradients(trainer.parameters)
         torch.manual_seed(5)
         trainer.objective(x).backward()
@@ -2007,6 +2014,14 @@ def test_mfu():
     assert tokenizer.World(0, 8, torch.device("cuda"), tokenizer.PEAK_TFLOPS["H200"]).mfu(989e9, 4000.0) == 0.5
     assert tokenizer.init_world(peak_tflops=2.0).mfu(1e9, 1000.0) == 0.5
     assert WORLD.mfu(1.0, 1.0) is None
+    # training on the CPU counts no FLOPs
+    assert dataclasses.replace(WORLD, peak_tflops=0.5).mfu(None, 3.0) is None
+
+
+def test_more_processes_than_gpus():
+    with mock.patch.dict(os.environ, LOCAL_RANK="1"), mock.patch.object(torch.cuda, "is_available", lambda: True), \
+            mock.patch.object(torch.cuda, "device_count", lambda: 1):
+        fails(tokenizer.init_world, "1 GPUs", "--nproc_per_node")
 
 
 def read_log(folder):
@@ -2066,8 +2081,9 @@ def test_tokenizer_resumes_exactly():
                 assert_same_tensors(whole[part], again[part])
             assert [line["step"] for line in read_log(parts.out)] == list(range(1, 11))  # one line a step, none twice
             assert list(Path(parts.out, "grids").glob("*.png"))
-            other = dataclasses.replace(parts, z_dim=8)
-            fails(lambda: tokenizer.train(other, WORLD), "z_dim", "--resume=0")
+            for other, said in (dict(z_dim=8), "z_dim 4, now 8"), (dict(vfm="toy-blind"), "--vfm toy, now toy-blind"):
+                other = dataclasses.replace(parts, **other)
+                fails(lambda: tokenizer.train(other, WORLD), said, "--resume=0")
 
 
 @with_tiny_vfm
@@ -2197,9 +2213,9 @@ def test_bench():
             np.testing.assert_allclose(line["images_per_second"], 4000 / line["ms"], rtol=1e-2)
             assert line["tflops"] > 0 and 0.1 < line["peak_gib"] < 20 and line["gpu_waits"] is None
             np.testing.assert_allclose(line["mfu"], line["tflops"] / 0.5, rtol=1e-3)
-
-
-
+    for module in tokenizer, diffusion:
+        flags = "--bench=1", "--preset=toy", "--batch_size=8", "--accumulate=3"
+        fails(lambda: command(module, *flags), "--batch_size=8", "no multiple")
 
 def test_readme_flags_exist():
     """Every flag that the README's commands give is a field of that script's Config."""
@@ -4537,6 +4553,9 @@ def test_clip_golden():
         projection = tokenizer.load_weights(path)["visual_projection.weight"]
         torch.testing.assert_close(last[:, 0] @ projection.T, torch.tensor(g["projected"]), rtol=1e-4, atol=1e-5)
         assert vit.resize(torch.zeros(1, 3, 64, 64)).shape[2:] == (32, 32) and vit.interpolation == "bicubic"
+        by_name = tokenizer.VFMS["clip-vit-large-patch14"][1]
+        shared = by_name.keys() - {"embed_dim", "depth", "num_heads", "mlp_hidden", "patch_size"}
+        assert shared and all(by_name[key] == vit.config[key] for key in shared)
 
 
 @torch.no_grad()
@@ -5842,8 +5861,7 @@ def test_steps_that_are_not_finite():
                 losses = trainer.step([batch], 0, 0)
             assert losses["skipped"] == 1
             after = trainer.state_dict()
-            parts = ("gan_optimizer",) if weights is trainer.gan else ("model", "optimizer", "gan", "gan_optimizer")
-            for part in parts:  # spectral norms' vectors follow from the weights
+            for part in "model", "optimizer", "gan", "gan_optimizer":  # spectral norms' vectors follow from the weights
                 kept = [name for name in before[part] if not name.endswith(("_u", "_v"))]
                 assert_same(*({name: entries[part][name] for name in kept} for entries in (before, after)))
             tokenizer.average_weights(ema, trainer.tokenizer, 8, 8, 1.0, losses["skipped"])
@@ -5890,6 +5908,9 @@ def test_out_of_memory_names_the_flags():
         with mock.patch.object(module, "parse_config", side_effect=error):
             line = fails(lambda: tokenizer.main(module.run), "out of memory: ", status=1)
         assert all(f"--{flag}" in line for flag in flags)
+    for error in torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory"):
+        with contextlib.suppress(type(error)), tokenizer.reading("good.pt"):  # not a word of damage
+            raise error
     with mock.patch.object(sample, "parse_config", side_effect=RuntimeError("size mismatch")):
         try:
             tokenizer.main(sample.run)

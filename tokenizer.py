@@ -33,6 +33,7 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import fcntl
 import functools
 import hashlib
 import heapq
@@ -208,7 +209,7 @@ PAPER = dict(
         ldm("weak alignment", 19_200, BOTH, vf=0.1, kl=1e-6),
         ldm("margins", 19_200, BOTH, vf=0.1, kl=1e-6, vf_margins=(0.25, 0.5))],
     vae=[ldm("reconstruction", 166_500, BOTH, kl=1e-6, gan_start_kimg=1_280)],
-    # 16 epochs; its discriminator starts two epochs before its loss, its rates fall tenfold
+    # 16 epochs; not here: a discriminator that learns two epochs before its loss counts, rates that fall tenfold
     rae=[fusion("decoder", 20_500, "decoder", lr=2e-4, betas=(0.9, 0.95), sample=False, noise=0.8, lpips=1.0, dino=0.75,
                 gan_adaptive=True, gan_start_kimg=10_250)],
     psvae=[
@@ -458,6 +459,10 @@ def vfm_table():
         vit = dict(vit, image_size=518, patch_size=14, layer_scale=True, interpolation="bicubic")
         table[name] = f"{url}_pretrain.pth", vit
         table[f"{name}_reg"] = f"{url}_reg4_pretrain.pth", dict(vit, registers=4, antialias=True)
+    clip = "clip-vit-large-patch14"
+    table[clip] = HUB.format(f"openai/{clip}"), dict(
+        large, patch_size=14, pre_norm=True, activation="gelu_quick", normalize="clip", interpolation="bicubic",
+        eps=1e-5)
     for letter, vit in dict(s=small, b=base, l=large).items():  # gated: fetched by hand, given as a file
         url = HUB.format(f"facebook/dinov3-vit{letter}16-pretrain-lvd1689m")
         table[f"dinov3_vit{letter}16"] = url, dict(vit, registers=4, layer_scale=True, rope=100.0, eps=1e-5)
@@ -1009,6 +1014,8 @@ class Tokenizer(nn.Module):
             if fold < 1 or fold % 1 or fold > 1 and not level_dims:
                 raise UserError(f"VFM tokens {fold:g} times as fine as latents: see --scale_factor, --downsample")
             if level_dims:
+                if len(level_dims) != len(layers):
+                    raise UserError(f"an adapter of {len(level_dims)} levels, but layers {layers}")
                 in_dims = [self.vfm.level0_dim if i == 0 else dim for i in layers]
                 self.adapter = LevelAdapter(in_dims, level_dims, round(fold), z_dim)
             elif adapter_kind == "identity":
@@ -1366,7 +1373,7 @@ class Trainer:
         if quantizer is not None:
             values["commit"] = commit_loss(mean, quantizer.lookup(indices))
             used = torch.zeros_like(quantizer.codebook[:, 0]).index_fill(0, indices.flatten(), 1)
-            values["codes"] = used.mean()  # for the log: the share in use
+            values["codes"] = used.sum() / min(len(used), indices.numel())  # of as many as there could be
             fixed = fixed + stage.weight("commit", images) * values["commit"]
         vf = None
         if stage.vf:
@@ -1483,15 +1490,17 @@ class Trainer:
             pairs.append((fake, target))
         average_gradients(self.parameters, self.world)
         losses["grad_norm"] = gradient_norm(self.parameters)
-        skipped = self.world.any_bad(losses.values())
-        step_unless(skipped, self.optimizer)
+        optimizers = [self.optimizer]
+        norms = []
         if self.gan and images_seen >= self.gan_start:
             for fake, target in pairs:
                 losses["discriminator"] = self.discriminator_step(fake, target, share)
             average_gradients(self.gan_parameters, self.world)
-            bad = self.world.any_bad([losses["discriminator"], gradient_norm(self.gan_parameters)])
-            skipped = torch.maximum(skipped, bad)
-            step_unless(skipped, self.gan_optimizer)
+            norms.append(gradient_norm(self.gan_parameters))
+            optimizers.append(self.gan_optimizer)
+        skipped = self.world.any_bad([*losses.values(), *norms])
+        for optimizer in optimizers:  # all or none
+            step_unless(skipped, optimizer)
         return dict(losses, skipped=skipped)
 
 
@@ -1637,9 +1646,9 @@ def train(cfg, world):
     seen = 0
     if entries:
         with reading(path):
-            keys = ("method", "recipe", "data", "batch_size", "seed", "kimg", "vfm", "disc_vfm", "ndf")
-            now = {**{key: getattr(cfg, key) for key in keys}, **tok.arch}
-            then = {**entries["config"], **entries["arch"]}
+            keys = ("method", "recipe", "data", "batch_size", "seed", "kimg", "disc_vfm", "ndf")
+            now = {**{key: getattr(cfg, key) for key in keys}, **tok.arch, "--vfm": vfm_of(cfg)[0]}
+            then = {**entries["config"], **entries["arch"], "--vfm": vfm_of(Config(**entries["config"]))[0]}
             changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
             if changed:
                 raise UserError(f"{path} is another run's ({'; '.join(changed)}): another --out, or --resume=0")
@@ -1727,7 +1736,7 @@ def bench(cfg, world):
     tok = tok.to(world.device, memory_format=world.layout)
     flops = training_flops(cfg, tok)
     trainer = Trainer(cfg, tok, world, vfm and vfm.to(world.device), pretrained=False)
-    shape = cfg.batch_size // world.size // cfg.accumulate, 3, cfg.image_size, cfg.image_size
+    shape = micro_batch(cfg.batch_size, world, cfg.accumulate), 3, cfg.image_size, cfg.image_size
     images = torch.randint(0, 256, shape, dtype=torch.uint8).to(world.device)
     batches = [(images, torch.zeros(len(images), dtype=torch.long))] * cfg.accumulate
     for number, stage in enumerate(stages_of(cfg), 1):
@@ -2394,7 +2403,7 @@ def load_weights(path_or_url):
     try:
         if path.endswith(".safetensors"):
             return Entries(path, read_safetensors(path))
-        mapped = os.name == "posix" and zipfile.is_zipfile(path)  # eight processes do not hold eight copies
+        mapped = zipfile.is_zipfile(path)  # eight processes do not hold eight copies
         if mapped:
             with zipfile.ZipFile(path) as archive:  # which checks sums, as torch does not
                 for entry in archive.namelist():
@@ -2418,9 +2427,9 @@ def reading(path):
     """What a damaged or foreign file makes fail: UserError."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
         text = f"{type(error).__name__}: {error}"
         if isinstance(error, KeyError):
             text = f"it lacks {error}"
@@ -2440,8 +2449,7 @@ def load_state(module, state, name, ignore=(), **keywords):
 # --------------------------------------
 # Text: towers and their tokens
 
-TEXTS = {name: url for name, (url, _) in VFMS.items() if name.startswith("siglip2")}
-TEXTS["clip-vit-large-patch14"] = HUB.format("openai/clip-vit-large-patch14")
+TEXTS = {name: url for name, (url, _) in VFMS.items() if name.startswith(("siglip2", "clip"))}
 
 TEXT_KEYS = {  # before VIT_KEYS
     r"^text_model\.": "",
@@ -2653,8 +2661,9 @@ IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 
 def list_images(folder):
-    """The image files under a folder, sorted; nothing hidden."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    """The image files under a folder, also a linked one, sorted; nothing hidden."""
+    files = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    paths = sorted(path for path in files if path.suffix.lower() in IMG_EXTENSIONS)
     paths = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if not paths:
         raise UserError(f"no images in {folder}, or no such folder")
@@ -2897,7 +2906,7 @@ class Images(Dataset):
                 file.write(path + b"\n")
         count = sum(line.startswith(self.root) for line in bad | {path})
         if count > len(self) / 100:
-            raise UserError(f"{count} of {len(self)} images cannot be read, more than 1%: {self.bad_list} lists them")
+            raise UserError(f"{count} of {len(self)} images cannot be read, more than 1%: mend them, and remove {self.bad_list}")
 
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
@@ -2941,12 +2950,18 @@ def batch_indices(n, batch, seed, step):
     return np.array([permutation(n, seed, k // n)[k % n] for k in numbers.tolist()]), numbers
 
 
+def micro_batch(batch, world, accumulate):
+    """Its size."""
+    size, rest = divmod(batch, world.size * accumulate)
+    if rest:
+        raise UserError(f"--batch_size={batch}: no multiple of {world.size} processes x --accumulate={accumulate}")
+    return size
+
+
 def step_batches(n, batch, seed, start, stop, world, accumulate=1):
     """A list of (index, key) for each micro-batch of the steps; a step's images depend neither on the number of
     processes nor on accumulation."""
-    if batch % (world.size * accumulate):
-        raise UserError(f"--batch_size={batch}: no multiple of {world.size} processes x --accumulate={accumulate}")
-    size = batch // world.size // accumulate
+    size = micro_batch(batch, world, accumulate)
     for step in range(start, stop):
         indices, numbers = batch_indices(n, batch, seed, step)
         mine = [(int(i), (seed, int(k))) for i, k in zip(indices, numbers)][world.rank::world.size]
@@ -3338,10 +3353,14 @@ def main(run):
             dist.destroy_process_group()
 
 
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def complaint(error, Config):
     """The line, or None for what is our mistake."""
     text = str(error).strip()
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+    if out_of_memory(error):
         fields = [field.name for field in dataclasses.fields(Config)]
         return "out of memory: " + " or ".join(way for name, way in MEMORY_FLAGS.items() if name in fields)
     if isinstance(error, UserError) or "UserError: " in text:
@@ -3371,8 +3390,8 @@ class World:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def mfu(self, flops, rate):
-        """At `flops` an image, `rate` images a second over all processes; None on unknown devices."""
-        return flops * rate / (self.peak_tflops * 1e12 * self.size) if self.peak_tflops else None
+        """At `flops` an image, `rate` images a second over all processes; None where one is unknown."""
+        return flops * rate / (self.peak_tflops * 1e12 * self.size) if flops and self.peak_tflops else None
 
     def barrier(self):
         """Waits, however long one process alone lists a million files."""
@@ -3416,6 +3435,8 @@ def init_world(*folders, peak_tflops=0.0):
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         name = torch.cuda.get_device_name()
@@ -3526,9 +3547,8 @@ class Watch:
 def lock(file, wait=True):
     """Whether this process has an open file for itself, until it closes it or dies."""
     try:
-        import fcntl  # Windows has none
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
+    except OSError:
         return False
     return True
 
@@ -3678,7 +3698,7 @@ def time_steps(title, step, n, images, flops, world):
     times = [a.elapsed_time(b) if cuda else 1000 * (b - a) for a, b in zip(marks[2:], marks[3:])]
     ms = statistics.median(times)
     rate = 1000 * images / ms
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     waits = None
     if cuda:
         peak = torch.cuda.max_memory_allocated()
