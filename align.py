@@ -29,7 +29,7 @@ from diffusion import (
     to_sphere, update_ema, vfm_tokens)
 from fid import Selection, geneval, judge, judge_tokenizer, load_features
 from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, train as train_tokenizer
-from sample import tokenizer_beside
+from sample import check_tokenizer, tokenizer_beside
 from tokenizer import (
     Images, Log, Positive, ShapesText, Tokenizer, Trainer, UserError, Watch, alone, average_gradients,
     average_weights, build_tokenizer, fingerprint, full_float32, init_world, load_checkpoint, load_state,
@@ -56,6 +56,7 @@ class Config:
     data: str = "data/imagenet"  # a folder, shapes, CIFAR10, ...
     data_dir: str = "data"  # of torchvision's data sets
     download: bool = False  # fetch them
+    caption_key: str = ""  # shards whose captions are a field of NAME.json
     skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: int = 0  # pixels; 0: the first tokenizer's
     workers: int = 8  # loader processes
@@ -207,6 +208,7 @@ def load_subjects(paths, world):
             subjects[owner] = Subject(owner, tok, vfm)
         if diffuses:
             subjects[owner].networks[path] = load_diffusion(path).to(world.device)
+            check_tokenizer(path, entries, subjects[owner].tokenizer, owner)
     return list(subjects.values()), vfms
 
 
@@ -264,7 +266,8 @@ def alignment(subjects, vfms, data, indices, cfg, world):
     """CKNNA of latents and DiT blocks against each VFM in each condition on `data`'s images at `indices` -> rows
     dict(name, part, vfm, each condition, SE-CKNNA, probe), the scales."""
     scales = [scale for scale in SCALES if fits(subjects, data.size * scale)]
-    if not scales:
+    most = min((dit.input_size * s.tokenizer.downsample for s in subjects for dit in s.networks.values()), default=0)
+    if 1 not in scales or 0 < most < data.size:
         raise UserError(f"{data.size} px do not fit all grids: try another --image_size")
     mine = np.arange(len(indices))[world.rank::world.size]
     parts = np.array_split(mine, -(-len(mine) // cfg.encode_batch))
@@ -364,7 +367,7 @@ class JointTrainer(Trainer):
             self.dit_vfm = load_vfm(dit_cfg.align_vfm, cfg.cache).to(world.device)
             self.dit_arch = dict(
                 self.dit_arch, z_dim=self.dit_vfm.embed_dim, projector_dim=dit_cfg.projector_dim,
-                encoder_depth=dit_cfg.encoder_depth)
+                encoder_depth=min(dit_cfg.encoder_depth, self.dit_arch["depth"]))
         single = dataclasses.replace(world, size=1)  # `step` averages gradients
         saved = entries if resumed else None
         self.dit, _, self.dit_ema, self.dit_optimizer = build(dit_cfg, single, self.dit_arch, saved)
@@ -433,7 +436,7 @@ class JointTrainer(Trainer):
         params = self.body + self.heads
         average_gradients(params, self.world)
         self.dit_optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
-        losses["dit_grad_norm"] = nn.utils.clip_grad_norm_(params, cfg.clip)
+        losses["dit_grad_norm"] = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
         skipped = torch.maximum(losses["skipped"], self.world.any_bad([losses["dit_grad_norm"]]))
         step_unless(skipped, self.dit_optimizer)
         update_ema(self.dit_ema, self.dit, cfg.ema, skipped)
@@ -640,6 +643,8 @@ def study(cfg):
     with alone(f"{cfg.cache}/study"):  # trains what is missing once
         vfms = {name: load_vfm(name, cfg.cache).to(world.device) for name in ("toy", "toy-blind")}
         jury = Jury(cfg.study_samples, cfg.cache, world)
+    if cfg.study_samples > len(jury.data):
+        raise UserError(f"--study_samples: there are {len(jury.data)} held-out images")
     if {*methods} & {*texts} and jury.data.in_text_training()[:cfg.study_samples].all():
         raise UserError("--study_samples must reach a caption of a left-out pair")
 
@@ -652,16 +657,16 @@ def study(cfg):
     runs = []
     for seed, method in itertools.product(range(cfg.seed, cfg.seed + cfg.study_seeds), methods):
         path = folder / f"{method}-{seed}" / "result.json"
-        before = read_json(path)
+        before = read_json(path) or read_json(path.with_name("stamp.json"))  # done, or begun
         if before and {**before, **stamp} != before:
             raise UserError(f"{path} is of other settings, VFMs or classifier: another --out")
         runs.append((method, seed, path))
     for method, seed, path in runs[rank::size]:
-        if path.exists():
-            continue
-        result = study_run(cfg, jury, vfms, method, seed, path.parent)
-        write_json(path, {**result, **stamp})
-        shutil.rmtree(path.parent / "latents")
+        if not path.exists():
+            write_json(path.with_name("stamp.json"), stamp)
+            result = study_run(cfg, jury, vfms, method, seed, path.parent)
+            write_json(path, {**result, **stamp})
+        shutil.rmtree(path.parent / "latents", ignore_errors=True)
         for checkpoint in path.parent.rglob("*.pt"):
             checkpoint.unlink()
     paths = [path for *_, path in runs]
@@ -703,9 +708,10 @@ def study_report(cfg, folder, paths):
             ys = np.array([[point[outcome] for point in result["points"][align]] for result in its])  # [runs, points]
             series[method] = cfg.study_points, ys.mean(0), ys.std(0, ddof=len(ys) > 1)
             outcomes.append([outcome, align, method, *map(spread, ys.T)])
-        if len(series) > 1:
-            final = [ys[-1] for _, ys, _ in series.values()]
-            ranks = rankdata(np.column_stack([final, [means[method] for method in series]]), axis=0)
+        ranked = [method for method in series if "path" not in METHODS.get(method, {})]  # each tokenizer once
+        if len(ranked) > 1:
+            final = [series[method][1][-1] for method in ranked]
+            ranks = rankdata(np.column_stack([final, [means[method] for method in ranked]]), axis=0)
             rho = np.corrcoef(ranks, rowvar=False)[0, 1:].tolist()
             spearman[align][outcome] = dict(zip(QUALITIES, rho))
             rhos.append([outcome, align, *(f"{value:+.2f}" for value in rho)])
@@ -722,7 +728,8 @@ CKNNA, REPA: to the tokenizer's own VFM (vae: toy).
 {markdown(["outcome", "alignment", "tokenizer", *steps], outcomes)}"""
     if rhos:
         text += f"""
-Spearman's rank correlation of the tokenizers' means with the final outcome. Of gFD and rFD less is better.
+Spearman's rank correlation of the tokenizers' means with the final outcome (not on the sphere). Of gFD and rFD less \
+is better.
 
 {markdown(["outcome", "alignment", *QUALITIES], rhos)}"""
     write_text(folder / "table.md", text)
@@ -746,7 +753,9 @@ def sweep(cfg, world):
         cells += [("euler", 50, 3.0, reuse) for reuse in (1, 2, 3, 4, 6, 8)]
     rows = []
     for solver, steps, scale, reuse in tqdm(dict.fromkeys(cells), desc="sweep"):
-        sampling = Sampling(seed=cfg.seed, solver=solver, num_steps=steps, cfg_scale=scale, reuse=reuse)
+        sampling = Sampling(
+            seed=cfg.seed, solver=solver, num_steps=steps, cfg_scale=scale, reuse=reuse,
+            train_shift=dit.about["config"].get("train_shift", 0))
         start = time.perf_counter()
         judged, = jury.judge_samples(subject, dit, cfg.sweep_samples, sampling, jury.real)
         ms = 1000 * (time.perf_counter() - start) / cfg.sweep_samples
@@ -782,11 +791,11 @@ def chart(path, panels, columns=2):
         right = left + width - 180
         top = p // columns * height + 72
         bottom = top + height - 144
-        xs, ys, spreads = (np.concatenate(parts) for parts in zip(*series.values()))
-        low, high = (ys - spreads).min(), (ys + spreads).max()
-        tick = float(f"{(high - low) / 5 or 1:.0e}")
-        ticks = np.arange(math.floor(low / tick), math.ceil(high / tick) + 1) * tick
-        x_range = xs.min(), xs.max()
+        all_xs, all_ys, deviations = (np.concatenate(parts) for parts in zip(*series.values()))
+        low, high = (all_ys - deviations).min(), (all_ys + deviations).max()
+        step = float(f"{(high - low) / 5 or 1:.0e}")
+        ticks = np.arange(math.floor(low / step), math.ceil(high / step) + 1) * step
+        x_range = all_xs.min(), all_xs.max()
 
         def at(x, y):
             return np.interp(x, x_range, (left + 40, right - 40)), np.interp(y, ticks[[0, -1]], (bottom, top))
@@ -796,12 +805,12 @@ def chart(path, panels, columns=2):
             _, y = at(0, tick)
             draw.line([left, y, right, y], "#dddddd", 2)
             draw.text((left - 12, y), f"{tick:.6g}", "black", anchor="rm")
-        for x in np.unique(xs):
+        for x in np.unique(all_xs):
             draw.text((at(x, 0)[0], bottom + 16), f"{x:g}", "black", anchor="mt")
-        for name, (xs, ys, spreads) in series.items():
+        for name, (xs, ys, deviations) in series.items():
             draw.line(list(zip(*at(xs, ys))), colours[name], 4)
-            for x, y, spread in zip(xs, ys, spreads):
-                draw.line([at(x, y - spread), at(x, y + spread)], colours[name], 2)
+            for x, y, deviation in zip(xs, ys, deviations):
+                draw.line([at(x, y - deviation), at(x, y + deviation)], colours[name], 2)
                 x, y = at(x, y)
                 draw.ellipse([x - 6, y - 6, x + 6, y + 6], colours[name])
     for y, (name, colour) in zip(itertools.count(legend + 20, 40), colours.items()):
@@ -827,11 +836,11 @@ def run():
         if world.rank == 0:
             sweep(cfg, dataclasses.replace(world, size=1))
         return
-    defaults = f"{cfg.out}/tokenizer.pt", f"{cfg.out}/diffusion.pt"
-    paths = paths or [path for path in defaults if os.path.exists(path)]
+    folder = Path(cfg.out)
+    defaults = folder / "tokenizer.pt", folder / "diffusion.pt"
+    paths = paths or [str(path) for path in defaults if path.exists()]
     if not paths:
         raise UserError(f"no checkpoints in {cfg.out}: run tokenizer.py first, or name some")
-    folder = Path(cfg.out)
     if cfg.steps:
         paths = train_jointly(cfg, paths, world)
         folder = folder / f"joint-{cfg.side}"

@@ -105,7 +105,7 @@ class Config:
     beta2: Decay = 0.95  # of its second moments
     warmup: int = 0  # steps of linear warm-up
     cooldown: Share = 0.0  # last share of the steps: linear fall to 0 (ours)
-    clip: float = 1.0  # gradient norm
+    clip: float = 1.0  # gradient norm (0: any)
     ema: Decay = 0.9999  # decay a step
     # machine
     compile: bool = torch.cuda.is_available()  # the model
@@ -542,7 +542,7 @@ def shift_times(t, shift, base=0, model=None):
     if base:
         shift = math.sqrt(base / (model.in_channels * model.input_size ** 2))
         shift = shift if shift < 1 else 0
-    return shift * t / (1 + (shift - 1) * t) if shift > 0 else t
+    return t / (t + (1 - t) / shift) if shift > 0 else t  # 1 stays 1
 
 
 def draw_times(n, step, cfg, model):
@@ -591,6 +591,13 @@ def guided(
     return [v, *v_cls]
 
 
+def check_solver(model, solver, num_steps):
+    if getattr(model, "sphere", False) and solver != "euler":
+        raise UserError(f"{solver=}: for models of --path=sphere there is euler alone")
+    if solver not in ("euler", "heun", "ab2", "sde") or num_steps < 1 + (solver != "sde"):
+        raise UserError(f"{solver=}, {num_steps=}: there are euler, heun and ab2 from 2 times, sde from 1")
+
+
 def ode(
         model, noise, y, num_steps=250, timestep_shift=0.0, cls_noise=None, solver="euler", train_shift=0,
         reuse=1, **guidance):
@@ -598,11 +605,8 @@ def ode(
     by shift_times(t, timestep_shift, train_shift); REG's class token from cls_noise [B, D]. solver: "euler", "heun"
     (two evaluations a step), "ab2" (Adams-Bashforth); where model.sphere, Euler's along great circles alone. reuse: so
     many evaluations in a row share what a model with a head keeps (DDT, section 3.3). guidance: of `guided`."""
+    check_solver(model, solver, num_steps)
     sphere = getattr(model, "sphere", False)  # a model may be any function
-    if sphere and solver != "euler":
-        raise UserError(f"{solver=}: for models of --path=sphere there is euler alone")
-    if num_steps < 2 or solver not in ("euler", "heun", "ab2"):
-        raise UserError(f"{solver=}, {num_steps=}: there are euler, heun and ab2, from 2 times")
     times = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     times = shift_times(times, timestep_shift, train_shift, model).tolist()
     kept = ({}, {}) if reuse > 1 else (None, None)
@@ -645,8 +649,7 @@ def sde(model, noise, y, num_steps=250, cls_noise=None, generator=None, **guidan
     """REG's Euler-Maruyama: latents, as by `ode`, along dx = (v + (1 - t) score) dt + sqrt(2 (1 - t)) dW, t at
     linspace(0, 0.96, num_steps), then 1, in float64; noise after all evaluations but the last. `generator`: a
     torch.Generator, or a callable: tensor -> noise like it."""
-    if getattr(model, "sphere", False):
-        raise UserError("sde: for models of --path=sphere there is euler alone")
+    check_solver(model, "sde", num_steps)
 
     def draw(like):
         if callable(generator):
@@ -870,6 +873,7 @@ def build(cfg, world, arch, saved=None):
         options = state_dict.StateDictOptions(full_state_dict=True)
         with reading(saved.path):
             state_dict.set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+            optimizer.param_groups[0]["betas"] = 0.9, cfg.beta2  # this run's
     return model, parallel, ema, optimizer
 
 
@@ -917,7 +921,7 @@ def train_step(model, parallel, ema, optimizer, batches, cfg, world, step):
         (losses["loss"] / cfg.accumulate).backward()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / cfg.accumulate
-    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
     if cfg.fsdp:
         ema.reshard()  # sampling unshards its root
         norm = norm.full_tensor()
@@ -1016,6 +1020,7 @@ def train(cfg, world):
 
     # the model
     origin = latents.meta["arrays"]["latents"]["of"]
+    identity = fingerprint(tok)
     start = 0
     saved = load_checkpoint(path, "diffusion") if cfg.resume and path.exists() else None
     if saved:
@@ -1046,7 +1051,7 @@ def train(cfg, world):
         if world.rank == 0:
             entries.update(
                 kind="diffusion", config=asdict(cfg), arch=arch, latent_mean=latents.mean, latent_std=latents.std,
-                latents=origin, tokenizer=source, classes=classes, image_size=size, step=step,
+                latents=origin, tokenizer=source, tokenizer_is=identity, classes=classes, image_size=size, step=step,
                 images=step * cfg.batch_size, skipped=int(watch.skipped))
             if cfg.keep:  # first: a kill leaves no gap
                 save_checkpoint(out / f"{stem}-{step}.pt", **entries)
@@ -1300,7 +1305,8 @@ def latent_statistics(latents, by_position=False):
     mean = 0
     squares = 0
     count = min(len(latents), 20_000)
-    for rows in torch.linspace(0, len(latents) - 1, count).long().split(100 if by_position else 1000):
+    every = torch.linspace(0, len(latents) - 1, count, dtype=torch.float64).long()
+    for rows in every.split(100 if by_position else 1000):
         z = latents[rows].double()
         mean = mean + total(z) / count
         squares = squares + total(z.square()) / count

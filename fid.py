@@ -505,9 +505,9 @@ def judge_pairs(cfg, metrics, world):
     return dict(samples=cfg.samples, reference=cfg.reference, images=dict(pairs=n), **summary(values, world))
 
 
-MOVES = dict(
-    rotation=lambda x: torch.rot90(x, 1, (2, 3)),
-    scaling=lambda x: shrink(x, 0.5, antialias=x.shape[1] == 3))  # images, not latents
+MOVES = dict(  # antialias: images, not latents
+    rotation=lambda x, antialias: torch.rot90(x, 1, (2, 3)),
+    scaling=lambda x, antialias: shrink(x, 0.5, antialias=antialias))
 
 
 @torch.no_grad()
@@ -525,8 +525,8 @@ def judge_tokenizer(tokenizer, source, net, world, measures, moves=(), **keyword
         for name, measure in measures.items():
             values[name][rows] = measure(x, to_float(decoded))
         for name in moves:
-            moved = MOVES[name](mean).flatten(1)
-            error = tokenizer.encode(MOVES[name](x))[0].flatten(1) - moved
+            moved = MOVES[name](mean, False).flatten(1)
+            error = tokenizer.encode(MOVES[name](x, True))[0].flatten(1) - moved
             values[name][rows] = error.norm(dim=1) / moved.norm(dim=1)
         return decoded
 
@@ -705,7 +705,7 @@ def toy_table(cfg, net, world):
         decoded = add("reconstructions", "reconstructions of held-out images (rFD)", judged)
         rows["samples_to_reconstructions"] = dict(
             label="samples, against the reconstructions", images=len(samples), fd=distance(generated, decoded))
-        if saved:
+        if saved and saved.get("tokenizer_is") in (None, fingerprint(tok)):
             side = size // tok.downsample
             noise = torch.randn(len(samples), tok.z_dim, side, side, generator=torch.Generator().manual_seed(0))
             mean, std = (saved[key].view(tok.z_dim, -1) for key in ("latent_mean", "latent_std"))  # [C, 1 or h w]

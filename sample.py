@@ -19,7 +19,8 @@ from typing import Literal
 # before torch, for whose threads tokenizer.py sets the environment
 from diffusion import PRESETS as DIFFUSION_PRESETS
 from diffusion import Config as DiffusionConfig
-from diffusion import DiT, Sampling, bench_arch, caption_states, generate, guided, load_diffusion, ode, sde
+from diffusion import (
+    DiT, Sampling, bench_arch, caption_states, check_solver, generate, guided, load_diffusion, ode, sde)
 from tokenizer import (
     Images, Positive, Shapes, ShapesText, UserError, fingerprint, init_world, load_text, load_tokenizer, load_weights,
     main, make_loader, parse_config, read_json, reading, replacing, save_grid, time_steps, to_float, to_uint8,
@@ -82,6 +83,11 @@ def tokenizer_beside(path, entries):
     return f"{named if named.exists() else Path(path).parent / named.name}{colons}{encoder}"
 
 
+def check_tokenizer(path, entries, tokenizer, named):
+    if entries.get("tokenizer_is", fingerprint(tokenizer)) != fingerprint(tokenizer):
+        raise UserError(f"{named} was trained again: {path} knows other latents (--tokenizer=FILE takes any)")
+
+
 def load_pipeline(cfg, world):
     """-> (model, guide or None, tokenizer, mean, std [C]), ready to sample."""
     text = cfg.prompt or cfg.prompts
@@ -113,7 +119,10 @@ def load_pipeline(cfg, world):
     for key, value in ("latent_mean", mean), ("latent_std", std):
         if guide and not torch.equal(guide.about.get(key, value), value):
             raise UserError(f"--guide={cfg.guide} is of other latents")
-    tokenizer = load_tokenizer(cfg.tokenizer or tokenizer_beside(path, model.about)).to(world.device)
+    named = cfg.tokenizer or tokenizer_beside(path, model.about)
+    tokenizer = load_tokenizer(named).to(world.device)
+    if not cfg.tokenizer:
+        check_tokenizer(path, model.about, tokenizer, named)
     if not tokenizer.z_dim == model.in_channels == len(mean) == len(std):
         raise UserError(f"{path}, its tokenizer and its statistics are of latents of other widths")
     for net in filter(None, (model, guide)):
@@ -155,28 +164,34 @@ def read_conditions(cfg, model, world):
         if not 0 <= min(classes) <= max(classes) <= model.num_classes:
             raise UserError(f"--classes: there are 0 to {model.num_classes - 1}, {model.num_classes}: none")
         return classes, torch.tensor
+    if cfg.classes:
+        raise UserError("this model knows captions: --prompt, not --classes")
+    if cfg.negative and cfg.guide:
+        raise UserError("--negative and --guide: guidance is away from one of them")
     name = model.about["config"]["text"]
     text = ShapesText() if name == "toy" else load_text(name).to(world.device)
     prompts = cfg.prompt.split("|")
     if cfg.prompts:
         if not os.path.isfile(cfg.prompts):
             raise UserError(f"no file {cfg.prompts}")
-        prompts = Path(cfg.prompts).read_text().splitlines()
+        with reading(cfg.prompts):
+            prompts = Path(cfg.prompts).read_text("utf-8").splitlines()
+        if not prompts:
+            raise UserError(f"{cfg.prompts} is empty")
     elif not cfg.prompt:
         if name != "toy":
             raise UserError("a text model needs --prompt or --prompts")
         shapes = Shapes("val")
-        prompts = [shapes.caption(i) for i in range(cfg.n or 1_000)]
+        prompts = [shapes.caption(i) for i in range(min(cfg.n or 1_000, len(shapes)))]
     text.ids([*prompts, cfg.negative])  # complains of unknown words before all work
     return prompts, lambda some: caption_states(text, text.ids(some).to(world.device))
 
 
 def write_samples(cfg, world):
     """OUT/samples/000000.png, ..., labels.json (class by file name) or prompts.json, settings.json; OUT/samples.png, a
-    grid; OUT/samples.npz. What is there, of the same settings, stays."""
+    grid; OUT/samples.npz. What is there of the same settings stays, but for images beyond --n."""
     model, guide, tokenizer, mean, std = load_pipeline(cfg, world)
-    if model.sphere and cfg.solver != "euler":  # before older samples go
-        raise UserError(f"a model of --path=sphere has but one solver: --solver=euler, not {cfg.solver}")
+    check_solver(model, cfg.solver, cfg.num_steps)  # before older samples go
     conditions, condition = read_conditions(cfg, model, world)
     n = cfg.n
     if not n and cfg.prompt:

@@ -3147,7 +3147,7 @@ def test_diffusion_learns():
 def test_train_step_is_the_objective():
     """One step of two micro-batches: its gradient norm is that of the weighted sum of flow_losses, averaged over both,
     and the EMA moves by 1 - decay towards the new weights."""
-    cfg = diffusion.Config(compile=False, accumulate=2, class_dropout=0.0, cosine_weight=0.3, ema=0.9, clip=1e9)
+    cfg = diffusion.Config(compile=False, accumulate=2, class_dropout=0.0, cosine_weight=0.3, ema=0.9, clip=0.0)
     model, parallel, ema, optimizer = diffusion.build(cfg, WORLD, TINY_DIT)
     plain = copy.deepcopy(model)
     before = copy.deepcopy(ema)
@@ -3171,6 +3171,7 @@ def test_train_step_is_the_objective():
     norm = torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
     torch.testing.assert_close(losses["loss"], total.detach())
     torch.testing.assert_close(losses["grad_norm"], norm)
+    assert any(not torch.equal(old, new) for old, new in zip(plain.parameters(), model.parameters()))
     for old, average, new in zip(before.parameters(), ema.parameters(), model.parameters()):
         torch.testing.assert_close(average, 0.9 * old + 0.1 * new)
 
@@ -3218,6 +3219,8 @@ def test_times_shifted_by_dimension():
     assert torch.equal(z, diffusion.ode(model, x, y, 6, timestep_shift=0.5))
     assert torch.equal(diffusion.ode(model, x, y, 6, train_shift=128), diffusion.ode(model, x, y, 6))
     published = mock.Mock(in_channels=768, input_size=16)  # alpha = 6.93
+    for shift in np.arange(0.05, 4, 0.05):
+        assert diffusion.shift_times(1.0, shift) == 1  # which guidance's interval holds
     t = diffusion.shift_times(torch.tensor(0.5), 0, 4096, published)
     torch.testing.assert_close(t, torch.tensor(1 / (1 + 6.9282)))
 
@@ -3605,6 +3608,12 @@ def test_sampling_complains(folder, cfg):
     fails(lambda: write_samples(cfg, out=f"{folder}/empty"), "run diffusion.py first")
     fails(lambda: write_samples(cfg, ckpt=f"{cfg.out}/tokenizer.pt"), "tokenizer checkpoint, not a diffusion model")
     entries = load(f"{cfg.out}/diffusion.pt")
+    write_samples(cfg, n=2)
+    fails(lambda: write_samples(cfg, num_steps=1), "from 2 times")
+    assert len(list(Path(cfg.out, "samples").glob("*.png"))) == 2  # they stay
+    torch.save(dict(entries, tokenizer_is="another"), f"{folder}/old.pt")
+    fails(lambda: write_samples(cfg, ckpt=f"{folder}/old.pt"), "tokenizer.pt was trained again", "--tokenizer=FILE")
+    write_samples(cfg, ckpt=f"{folder}/old.pt", tokenizer=f"{cfg.out}/tokenizer.pt", n=1)
     torch.save(dict(entries, latent_mean=entries["latent_mean"] + 1), f"{folder}/other.pt")
     fails(lambda: write_samples(cfg, guide=f"{folder}/other.pt"), "--guide", "other latents")
 
@@ -3815,6 +3824,14 @@ def test_text_training_and_sampling():
         assert not sampled(cfg.out).items() <= many.items()
         fails(lambda: command(sample, *flags, "--prompt=a red cow"), "words")
         fails(lambda: command(sample, *flags, f"--prompts={folder}/none"), "no file")
+        for text, said in (b"", "is empty"), ("caf\u00e9".encode("latin-1"), "UnicodeDecodeError"):
+            Path(folder, "odd.txt").write_bytes(text)
+            fails(lambda: command(sample, *flags, f"--prompts={folder}/odd.txt"), "odd.txt", said)
+        path = f"{cfg.out}/diffusion-text.pt"
+        fails(lambda: command(sample, *flags, f"--ckpt={path}", "--classes=1"), "--prompt", "--classes")
+        model = diffusion.load_diffusion(path)
+        with mock.patch.object(Shapes, "lengths", dict(train=64, val=40)):  # each once, then in turn
+            assert len(sample.read_conditions(sample.Config(n=60), model, WORLD)[0]) == 40
         fails(lambda: command(sample, "--prompt=a", f"--out={folder}/none"), "diffusion.py --text=toy")
         flag = f"--out={folder}/joint"
         fails(lambda: command(align, f"{cfg.out}/diffusion-text.pt", "--steps=1", flag), "joint training", "classes")
@@ -5155,6 +5172,11 @@ def test_joint_training_of_every_method():
                 assert math.isfinite(line["velocity"]) and ("repa" in line) == (side != "none") and "l1" in line
             arch = diffusion.load_diffusion(f"{folder}/joint-{side}/diffusion.pt").about["arch"]
             assert bool(arch["z_dim"]) == (side != "none")
+    with small_world() as folder:  # more blocks to align after than there are
+        entries = load(f"{folder}/diffusion.pt")
+        torch.save(dict(entries, config=dict(entries["config"], encoder_depth=9)), f"{folder}/diffusion.pt")
+        run_align(folder, *JOINT, "--steps=1")
+        assert load(f"{folder}/joint-both/diffusion.pt")["arch"]["encoder_depth"] == entries["arch"]["depth"]
     with small_world(("rae",)) as folder:
         fails(lambda: run_align(folder, *JOINT), "rae's encoder has nothing to train")
 
@@ -5276,6 +5298,9 @@ def test_study_goes_on():
         changed = [path.parent.name for path, time_ in times.items() if path.stat().st_mtime_ns != time_]
         assert changed == ["vfmvae-0"]
         fails(lambda: run_align(folder, *flags, "--study_steps=4"), "other settings")
+        (lost / "result.json").rename(lost / "kept")  # begun, not done
+        fails(lambda: run_align(folder, *flags, "--study_steps=4"), "other settings")
+        (lost / "kept").rename(lost / "result.json")
         text = (lost / "result.json").read_text()
         (lost / "result.json").write_text(text.replace(before["vfmvae-0"]["networks"], "0" * 32))
         fails(lambda: run_align(folder, *flags), "other settings, VFMs or classifier")
@@ -5341,6 +5366,31 @@ def test_study_report_of_old_results():
         assert Path(folder, "study.png").exists() and f"{len(paths)} runs" in text and "nan" not in text
 
 
+def test_statistics_of_many_latents():
+    """Rows beyond 2^24, which float32 does not count, are taken, and none beyond the last."""
+    class Latents:
+        def __len__(self):
+            return 20_000_004
+
+        def __getitem__(self, rows):
+            assert rows.max() < len(self)
+            return (rows % 7).float()[:, None, None, None].expand(-1, 1, 2, 2)
+
+    mean, _ = diffusion.latent_statistics(Latents())
+    np.testing.assert_allclose(mean, [3], atol=0.1)
+
+
+def test_study_ranks_a_tokenizer_once():
+    """RAE's latents with another path are a row, not another tokenizer of the correlations."""
+    cfg = align.Config(study_points=(1, 3))
+    found = []
+    for methods in ("vae", "vfmvae", "rae"), ("vae", "vfmvae", "rae", "rae-sphere"):
+        with tempfile.TemporaryDirectory() as folder:
+            text = align.study_report(cfg, Path(folder), made_up_results(folder, [(method, 0) for method in methods]))
+            found.append(text[text.index("Spearman"):])
+    assert found[0] == found[1] and "| accuracy | repa | rae-sphere |" in text
+
+
 def test_study_report_of_one_run():
     """One run alone has neither deviations nor correlations."""
     cfg = align.Config(study_points=(1, 3))
@@ -5399,8 +5449,15 @@ def test_align_refuses():
         fails(lambda: run_align(folder, "--study=1", "--study_align=vae"), "no vae", "none, repa, reg")
         fails(lambda: run_align(folder, "--study=1", "--study_points=2000"), "study_points")
         fails(lambda: run_align(folder, *STUDY, "--study_text=vfmvae"), "study_samples", "left-out")
-        fails(lambda: run_align(folder, "--image_size=36", "--images=20"), "do not fit")
+        fails(lambda: run_align(folder, *STUDY, "--study_samples=6000"), "study_samples", "held-out")
+        for side in 36, 64:  # 64: of a model of 32 px
+            fails(lambda: run_align(folder, f"--image_size={side}", "--images=20"), "do not fit")
+        with mock.patch.object(align, "report") as report:
+            run_align(f"{folder}/", "--images=20")
+        assert report.call_args.args[0] == [f"{folder}/{name}.pt" for name in ("tokenizer", "diffusion")]
         entries = torch.load(f"{folder}/diffusion.pt", weights_only=True)
+        torch.save(dict(entries, tokenizer_is="another"), f"{folder}/old.pt")
+        fails(lambda: run_align(folder, f"{folder}/old.pt"), "tokenizer.pt was trained again")
         entries["config"]["data"] = "CIFAR10"
         torch.save(entries, f"{folder}/diffusion.pt")
         fails(lambda: run_align(folder, "--sweep=1"), "trained on the shapes")

@@ -2906,7 +2906,8 @@ class Images(Dataset):
                 file.write(path + b"\n")
         count = sum(line.startswith(self.root) for line in bad | {path})
         if count > len(self) / 100:
-            raise UserError(f"{count} of {len(self)} images cannot be read, more than 1%: mend them, and remove {self.bad_list}")
+            raise UserError(
+                f"{count} of {len(self)} images cannot be read, more than 1%: mend what {self.bad_list} lists, remove it")
 
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
