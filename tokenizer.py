@@ -2907,7 +2907,7 @@ class Images(Dataset):
         count = sum(line.startswith(self.root) for line in bad | {path})
         if count > len(self) / 100:
             raise UserError(
-                f"{count} of {len(self)} images cannot be read, more than 1%: mend what {self.bad_list} lists, remove it")
+                f"{count} of {len(self)} images cannot be read, more than 1%: see, then remove {self.bad_list}")
 
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
