@@ -274,8 +274,10 @@ def alignment(subjects, vfms, data, indices, cfg, world):
     loader = make_loader(data, [indices[part].tolist() for part in parts], world, cfg.workers)
     bar = tqdm(loader, desc="features", disable=world.rank > 0, leave=False)
     found = {view: {} for view in CONDITIONS}  # view: key: features [n, D]
-    for part, (images, _) in zip(parts, bar):
+    labels = torch.zeros(len(indices), dtype=torch.long, device=world.device)
+    for part, (images, classes) in zip(parts, bar):
         images = to_float(images.to(world.device))  # [B, 3, S, S]
+        labels[part] = classes.to(world.device)
         for view, groups in transformed(images, indices[part], scales, cfg.seed):
             for rows, some in groups:
                 for key, value in pooled_features(subjects, vfms, some):
@@ -283,7 +285,7 @@ def alignment(subjects, vfms, data, indices, cfg, world):
                         found[view][key] = value.new_zeros(len(indices), value.shape[1])
                     found[view][key][part[rows]] = value
 
-    labels = torch.as_tensor(np.asarray(data.labels)[indices], device=world.device)
+    world.sum(labels)
     table = {}
     for view, features in found.items():
         for value in features.values():

@@ -4983,6 +4983,15 @@ def test_align_measures_alike_in_company():
         assert found[0] == found[1]
 
 
+def test_probe_takes_the_labels_that_were_read():
+    """--skip_bad=1: of the image that stands in, not of the one that cannot be read."""
+    read = tokenizer.Images.__getitem__
+    with small_world() as folder, mock.patch.object(align, "linear_probe", return_value=0.5) as probe, \
+            mock.patch.object(tokenizer.Images, "__getitem__", lambda data, item: (read(data, item)[0], 3)):
+        run_align(folder, "--images=20", "--workers=0")
+    assert all((call.args[1] == 3).all() for call in probe.call_args_list) and probe.called
+
+
 def test_align_leaves_out_scales():
     """Scales at which the images would leave a grid (48 / 4 px and 48 * 3/4 px, of patches of 8) are not drawn from."""
     with small_world() as folder:
