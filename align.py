@@ -56,7 +56,7 @@ class Config:
     data: str = "data/imagenet"  # a folder, shapes, CIFAR10, ...
     data_dir: str = "data"  # of torchvision's data sets
     download: bool = False  # fetch them
-    caption_key: str = ""  # shards whose captions are a field of NAME.json
+    caption_key: str = ""  # captions: this field of each NAME.json; empty: NAME.txt
     skip_bad: bool = False  # images that cannot be read: take the next, list them in OUT/bad_images.txt
     image_size: int = 0  # pixels; 0: the first tokenizer's
     workers: int = 8  # loader processes

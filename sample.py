@@ -84,7 +84,9 @@ def tokenizer_beside(path, entries):
 
 
 def check_tokenizer(path, entries, tokenizer, named):
-    if entries.get("tokenizer_is", fingerprint(tokenizer)) != fingerprint(tokenizer):
+    """UserError unless the diffusion model of these entries was trained on these weights (old ones do not say)."""
+    known = entries.get("tokenizer_is")
+    if known and known != fingerprint(tokenizer):
         raise UserError(f"{named} was trained again: {path} knows other latents (--tokenizer=FILE takes any)")
 
 

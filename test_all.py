@@ -3829,6 +3829,8 @@ def test_text_training_and_sampling():
             fails(lambda: command(sample, *flags, f"--prompts={folder}/odd.txt"), "odd.txt", said)
         path = f"{cfg.out}/diffusion-text.pt"
         fails(lambda: command(sample, *flags, f"--ckpt={path}", "--classes=1"), "--prompt", "--classes")
+        both = f"--negative={prompts[0]}", f"--guide={path}"
+        fails(lambda: command(sample, *flags, f"--ckpt={path}", *both), "--negative", "--guide")
         model = diffusion.load_diffusion(path)
         with mock.patch.object(Shapes, "lengths", dict(train=64, val=40)):  # each once, then in turn
             assert len(sample.read_conditions(sample.Config(n=60), model, WORLD)[0]) == 40

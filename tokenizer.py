@@ -2952,7 +2952,7 @@ def batch_indices(n, batch, seed, step):
 
 
 def micro_batch(batch, world, accumulate):
-    """Its size."""
+    """How many images a process takes at once."""
     size, rest = divmod(batch, world.size * accumulate)
     if rest:
         raise UserError(f"--batch_size={batch}: no multiple of {world.size} processes x --accumulate={accumulate}")
