@@ -3066,6 +3066,9 @@ def test_diffusion_resumes_exactly(folder, cfg):
     assert lines == log_lines(cfg.out) and [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     names = {"loss", "velocity", "cosine", "cls", "repa", "val_velocity", "val_repa", "grad_norm", "epoch", "lr"}
     assert names <= lines[5].keys()
+    train_diffusion(cfg, steps=7, beta2=0.5)
+    groups = load(path)["optimizer"]["param_groups"]
+    assert all(tuple(group["betas"]) == (0.9, 0.5) for group in groups)  # this run's
 
 
 @with_diffusion_folder
