@@ -272,12 +272,6 @@ class FinalLayer(nn.Module):
         return self.linear(x[:, 1:]), self.linear_cls(x[:, 0])  # [B, N, p p C], [B, cls_dim]
 
 
-def position_tables(grid, dim, head_dim):
-    """Sin-cos positions [grid, grid, dim] (half by column, half by row; sines, cosines) and rotary angles
-    [grid, grid, head_dim / 2] (half by row, half by column)."""
-    return sincos_positions(grid, dim), torch.cat(grid_angles(grid, head_dim // 4), -1).float()
-
-
 class DiT(nn.Module):
     """model(x, t, y) -> v: latents x [B, C, S, S] (or smaller), times t [B] from 0 (noise) to 1 (data), classes y [B]
     (num_classes: null) or captions (text_tokens > 0: see TextEmbedder), velocity v = data - noise. cls [B, cls_dim]:
@@ -355,11 +349,10 @@ class DiT(nn.Module):
             self.projectors.append(nn.Sequential(
                 nn.Linear(D, projector_dim), nn.SiLU(), nn.Linear(projector_dim, projector_dim), nn.SiLU(),
                 nn.Linear(projector_dim, z_dim)))
-        positions, angles = position_tables(self.grid, D, D // num_heads)
-        self.register_buffer("pos_embed", positions, persistent=False)
-        self.register_buffer("rope_angles", angles if arch == "lightningdit" else None, persistent=False)
-        _, angles = position_tables(self.grid, D, H // head_heads)
-        self.register_buffer("head_angles", angles if arch == "lightningdit" else None, persistent=False)
+        self.register_buffer("pos_embed", sincos_positions(self.grid, D), persistent=False)
+        for name, head_dim in ("rope_angles", D // num_heads), ("head_angles", H // head_heads):
+            angles = torch.cat(grid_angles(self.grid, head_dim // 4), -1).float()  # half by row, half by column
+            self.register_buffer(name, angles if arch == "lightningdit" else None, persistent=False)
         self.initialize()
 
     def initialize(self):
