@@ -26,8 +26,8 @@ from pathlib import Path
 from tokenizer import (
     LPIPS, TEXTS, Images, Positive, Shapes, UserError, alone, attribute_counts, center_crop, fingerprint,
     full_float32, init_world, list_images, load_checkpoint, load_rgb, load_state, load_text, load_tokenizer,
-    load_vfm, load_weights, main, open_data, parse_config, psnr, read_json, reading, replacing, save_checkpoint,
-    shrink, ssim, to_float, to_uint8, train_on_shapes, write_json)
+    load_vfm, load_weights, main, open_data, parse_config, psnr, read_json, read_lines, reading, replacing,
+    save_checkpoint, shrink, ssim, to_float, to_uint8, train_on_shapes, write_json)
 
 import numpy as np
 import torch
@@ -578,9 +578,8 @@ def clip_score(cfg, world):
     named = read_json(Path(cfg.samples, "prompts.json"))
     captions = [named.get(Path(path).name) for path in source.paths]
     if cfg.prompts:
-        with reading(cfg.prompts):
-            lines = Path(cfg.prompts).read_text().splitlines()
-            captions = [lines[i % len(lines)] for i in range(len(source))]
+        lines = read_lines(cfg.prompts)
+        captions = [lines[i % len(lines)] for i in range(len(source))]
     if None in captions:
         raise UserError(f"{cfg.samples} has no prompts.json of all its images: --prompts=FILE, one a line")
     file = f"{cfg.clip}/model.safetensors" if os.path.isdir(cfg.clip) else TEXTS.get(cfg.clip, cfg.clip)

@@ -23,8 +23,8 @@ from diffusion import (
     DiT, Sampling, bench_arch, caption_states, check_solver, generate, guided, load_diffusion, ode, sde)
 from tokenizer import (
     Images, Positive, Shapes, ShapesText, UserError, fingerprint, init_world, load_text, load_tokenizer, load_weights,
-    main, make_loader, parse_config, read_json, reading, replacing, save_grid, time_steps, to_float, to_uint8,
-    write_json)
+    main, make_loader, parse_config, read_json, read_lines, reading, replacing, save_grid, time_steps, to_float,
+    to_uint8, write_json)
 
 import numpy as np
 import torch
@@ -174,12 +174,7 @@ def read_conditions(cfg, model, world):
     text = ShapesText() if name == "toy" else load_text(name).to(world.device)
     prompts = cfg.prompt.split("|")
     if cfg.prompts:
-        if not os.path.isfile(cfg.prompts):
-            raise UserError(f"no file {cfg.prompts}")
-        with reading(cfg.prompts):
-            prompts = Path(cfg.prompts).read_text("utf-8").splitlines()
-        if not prompts:
-            raise UserError(f"{cfg.prompts} is empty")
+        prompts = read_lines(cfg.prompts)
     elif not cfg.prompt:
         if name != "toy":
             raise UserError("a text model needs --prompt or --prompts")

@@ -4607,13 +4607,13 @@ def test_clip_score():
         assert run_fid(flags[0], f"--clip={path}", *flags[2:])[0]["clip"] == found["clip"]
         Path(folder, "samples", "prompts.json").write_text(json.dumps({**named, "0001.png": "zebra"}))
         assert run_fid(*flags)[0]["clip"] != found["clip"]
-        fails(lambda: run_fid(*flags, f"--prompts={folder}/none"), "none")
+        fails(lambda: run_fid(*flags, f"--prompts={folder}/none"), "no file")
         np.savez(f"{folder}/samples.npz", arr_0=images)
         fails(lambda: run_fid(f"{folder}/samples.npz", *flags[1:]), "prompts.json")
         npz, _ = run_fid(f"{folder}/samples.npz", *flags[1:], f"--prompts={folder}/lines.txt")
         assert npz["clip"] == found["clip"]
         Path(folder, "lines.txt").write_text("")
-        fails(lambda: run_fid(*flags, f"--prompts={folder}/lines.txt"), "lines.txt")
+        fails(lambda: run_fid(*flags, f"--prompts={folder}/lines.txt"), "lines.txt is empty")
         state = dict(tokenizer.load_weights(f"{folder}/model.safetensors"))
         del state["visual_projection.weight"]
         write_safetensors(f"{folder}/model.safetensors", state)

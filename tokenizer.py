@@ -2742,6 +2742,17 @@ def read_captions(folder):
     return {}
 
 
+def read_lines(path):
+    """Of a file of prompts."""
+    if not os.path.isfile(path):
+        raise UserError(f"no file {path}")
+    with reading(path):
+        lines = Path(path).read_text("utf-8").splitlines()
+    if not lines:
+        raise UserError(f"{path} is empty")
+    return lines
+
+
 class Images(Dataset):
     """Images at one size. `data`: a folder (a subfolder a class, or flat: class 0; maybe in `train` and `val`),
     FOLDER/{00000..00099}.tar (class 0; held-out ones: FOLDER/val/*.tar), "shapes", or a torchvision data set under
