@@ -4,7 +4,7 @@ How far tokenizers and diffusion models agree with vision foundation models (VFM
     python align.py  # CKNNA, SE-CKNNA, probe of out/tokenizer.pt and out/diffusion.pt's blocks
     python align.py a/tokenizer.pt b/diffusion.pt --reference=toy-blind  # with their tokenizers
     python align.py --steps=1000 --side=both  # joint training -> out/joint-both/, measured before and after
-    torchrun --nproc_per_node=8 align.py --study=1  # the papers' claim in miniature: 10 tokenizers x 3 seeds
+    torchrun --nproc_per_node=8 align.py --study=1  # the papers' claim in miniature: 10 methods x 3 seeds
     python align.py --sweep=1  # toy: FD and accuracy by solver, steps, guidance -> out/sweep.md
 
 CKNNA: arXiv 2405.07987; SE-CKNNA, dual alignment: VFM-VAE, 2510.18457; joint training: REPA-E, 2504.10483.
@@ -25,7 +25,7 @@ from typing import Literal
 # before torch, for whose threads tokenizer.py sets the environment
 from diffusion import PRESETS as DIFFUSION_PRESETS, Config as DiffusionConfig, train as train_diffusion
 from diffusion import (
-    ImageNoise, Sampling, build, caption_states, draw_times, flow_losses, full_state, generate, load_diffusion, maps,
+    ImageNoise, Sampling, build, draw_times, flow_losses, full_state, generate, load_diffusion, maps,
     to_sphere, update_ema, vfm_tokens)
 from fid import Selection, geneval, judge, judge_tokenizer, load_features
 from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, train as train_tokenizer
@@ -139,11 +139,6 @@ def cknna(a, b, k=10):
 SCALES = (1.0, 0.75, 0.5, 0.25)
 NOISES = (0.05, 0.10, 0.15, 0.20)  # standard deviations / pixel range
 CONDITIONS = ("clean", "equivariance", *(f"noise {std:.2f}" for std in NOISES))
-
-
-def se_cknna(row):
-    """CKNNA by condition -> SE-CKNNA."""
-    return float(np.mean([row[condition] for condition in CONDITIONS]))
 
 
 def transformed(images, indices, scales, seed):
@@ -299,7 +294,7 @@ def alignment(subjects, vfms, data, indices, cfg, world):
                 if view == "clean":  # nan: one class
                     row["probe"] = linear_probe(value, labels) if labels.max() > 0 else math.nan
     for row in table.values():
-        row["SE-CKNNA"] = se_cknna(row)
+        row["SE-CKNNA"] = float(np.mean([row[condition] for condition in CONDITIONS]))
     return list(table.values()), scales
 
 
@@ -476,9 +471,8 @@ def train_jointly(cfg, paths, world):
     load_state(tok, saved["model"] if again else {**saved["model"], **saved["ema"]}, saved.path)
     tok = tok.to(world.device, memory_format=world.layout)
     trainer = JointTrainer(tok_cfg, tok, world, vfm and vfm.to(world.device), cfg, entries, again)
-    stage = stages[-1]
     seed_step(cfg.seed, -1)
-    trainer.start_stage(stage)
+    trainer.start_stage(stages[-1])
     trainer.load_state_dict(saved, same_stage=again)
     # the decoder's alone: the diffusion model learns this very encoder's latents
     with reading(saved.path):
@@ -525,7 +519,7 @@ def train_jointly(cfg, paths, world):
         log.bar.update()
         saving = done % cfg.save_interval == 0 or done == cfg.steps
         if done % cfg.log_interval == 0 or saving:
-            losses = {name: world.mean(value.to(world.device)) for name, value in losses.items()}
+            losses = {name: world.mean(value) for name, value in losses.items()}
             log.write(done, done * batch, **losses)
         if saving or signal:
             save(done)
@@ -537,7 +531,7 @@ def train_jointly(cfg, paths, world):
 # --------------------------------------
 # The study (which tokenizers diffuse well, at equal budgets?) and the sweep
 
-# Encoder, stages and losses alone differ: see STAGES["study"]. A blind VFM never saw classes.
+# What differs; stages and losses: STAGES["study"]. A blind VFM never saw classes.
 METHODS = {"vae": dict(method="vae"), "vae-8": dict(method="vae", z_dim=8)}
 for name in ("vavae", "vfmvae", "aligntok", "rae", "psvae"):
     METHODS[name] = dict(method=name)
@@ -565,7 +559,7 @@ class Jury:
         reference; of captions `geneval`, too."""
         captions = [self.data.caption(i) for i in range(n)] if dit.text_tokens else []
         if captions:
-            y = caption_states(ShapesText(), ShapesText().ids(captions))  # [n, L]
+            y = ShapesText().ids(captions).long()  # [n, L]
             labels = self.labels[:n]
         else:
             y = labels = torch.arange(n) % dit.num_classes
@@ -611,11 +605,11 @@ def study_run(cfg, jury, vfms, method, seed, folder):
         for step in cfg.study_points:
             dit = load_diffusion(folder / align / f"diffusion{'-text' * bool(text)}-{step}.pt").to(world.device)
             real, inner, *told = jury.judge_samples(subject, dit, cfg.study_samples, sampling, jury.real, rebuilt)
-            found = real["fd"], inner["fd"], real["agreement"]
-            points[align].append(dict(step=step, **dict(zip(OUTCOMES, found))))
+            point = dict(zip(OUTCOMES, (real["fd"], inner["fd"], real["agreement"])), step=step)
             if text:
                 scores = [told[0]["samples"][key] for key in ("all", "all_left_out", "binding")]
-                points[align][-1].update(zip(TEXT_OUTCOMES, np.array(scores, float).tolist()))  # None: nan
+                point.update(zip(TEXT_OUTCOMES, np.array(scores, float).tolist()))  # None: nan
+            points[align].append(point)
         subject.networks[align] = dit
 
     rows, scales = alignment([subject], vfms, jury.data, np.arange(len(jury.images)), cfg, world)
@@ -710,7 +704,7 @@ def study_report(cfg, folder, paths):
             ys = np.array([[point[outcome] for point in result["points"][align]] for result in its])  # [runs, points]
             series[method] = cfg.study_points, ys.mean(0), ys.std(0, ddof=len(ys) > 1)
             outcomes.append([outcome, align, method, *map(spread, ys.T)])
-        ranked = [method for method in series if "path" not in METHODS.get(method, {})]  # each tokenizer once
+        ranked = [method for method in series if "path" not in METHODS[method]]  # each tokenizer once
         if len(ranked) > 1:
             final = [series[method][1][-1] for method in ranked]
             ranks = rankdata(np.column_stack([final, [means[method] for method in ranked]]), axis=0)

@@ -86,8 +86,8 @@ class Config:
     qk_norm: bool = False  # of queries and keys: for long runs
     # objective
     path: Literal["linear", "sphere"] = "linear"  # sphere: tokens' directions alone, along great circles (HAE)
-    times: Literal["lognormal", "uniform"] = "lognormal"  # logit-normal(0, 1)
-    train_shift: int = 0  # times by s = sqrt(train_shift / a latent's numbers) < 1 (RAE: 4096; 0: none): shift_times
+    times: Literal["lognormal", "uniform"] = "lognormal"  # lognormal: LightningDiT's name for logit-normal(0, 1)
+    train_shift: int = 0  # more noise for wide latents, by shift_times' base (RAE: 4096; 0: none)
     uniform_from: int = 0  # uniform from this step (0: never); LightningDiT: 600000 of 700,000
     cosine_weight: float = 1.0  # of 1 - cosine(v, target)
     class_dropout: Share = 0.1  # share of labels made null
@@ -127,7 +127,7 @@ PRESETS = dict(
         data="shapes", flip=False, model="toy", align_vfm="toy", encoder_depth=2, projector_dim=256, steps=2_400,
         batch_size=64, lr=2e-3, warmup=100, cooldown=0.5, ema=0.995, encode_batch=100, val_images=2_000, workers=0,
         log_interval=50, val_interval=500, sample_interval=500, save_interval=500),
-    reg=dict(  # features: a terabyte
+    reg=dict(  # cached features would be a terabyte
         arch="sit", qk_norm=True, times="uniform", cosine_weight=0.0, align="reg", cache_features=False))
 
 SIZES = {  # depth, width, heads
@@ -198,11 +198,9 @@ class DiTBlock(nn.Module):
         self.mlp = mlp()
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, c, rope):  # [B, N, D], [B, D] or, in a head, [B, N, D]
+    def forward(self, x, c, rope):  # [B, N, D], [B, 1 or in a head N, D]
         # bf16 would round 1 + scale to 1/128
-        modulation = self.adaLN_modulation(c).float()  # [B, 6 D]
-        if c.ndim == 2:
-            modulation = modulation[:, None]  # [B, 1, 6 D]
+        modulation = self.adaLN_modulation(c).float()  # [B, 1 or N, 6 D]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
@@ -240,7 +238,7 @@ class TextEmbedder(nn.Module):
         if vocabulary:
             self.embedding = nn.Embedding(vocabulary, dim)
             self.positions = nn.Parameter(torch.randn(length, dim) * 0.02)
-        else:  # the encoder's of ""
+        else:  # the encoder's states of an empty caption
             self.register_buffer("null", torch.zeros(length + pooled, dim))
         self.mlp = nn.Sequential(norm(dim), nn.Linear(dim, width), nn.GELU("tanh"), nn.Linear(width, width))
         if pooled:
@@ -261,11 +259,8 @@ class FinalLayer(nn.Module):
         self.linear_cls = nn.Linear(dim, cls_dim) if cls_dim else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x, c):  # [B, (1 +) N, D], [B, D] or [B, N, D]
-        modulation = self.adaLN_modulation(c).float()  # [B, 2 D]
-        if c.ndim == 2:
-            modulation = modulation[:, None]  # [B, 1, 2 D]
-        shift, scale = modulation.chunk(2, -1)
+    def forward(self, x, c):  # [B, (1 +) N, D], [B, 1 or N, D]
+        shift, scale = self.adaLN_modulation(c).float().chunk(2, -1)  # [B, 1 or N, D]
         x = modulate(self.norm_final(x), shift, scale)
         if self.linear_cls is None:
             return self.linear(x), None  # [B, N, p p C]
@@ -418,6 +413,7 @@ class DiT(nn.Module):
                 x = torch.cat((text.to(x.dtype), x), 1)  # [B, L + (1 +) N, D]
             else:
                 c = c + self.y_embedder["embedding_table"](y)
+            c = c[:, None]  # [B, 1, D]
             trunk = F.silu(c) if self.head_depth else c  # RAE's, before adaLN's own
             for i, x in enumerate(self.walk(self.blocks[:self.depth], x, trunk, rope_angles), 1):
                 if blocks:
@@ -706,16 +702,16 @@ def generate(model, tokenizer, mean, std, indices, y, cfg, world, guide=None, ro
     x = noise(torch.empty(len(some), model.in_channels, model.input_size, model.input_size, device=device))
     cls = noise(torch.empty(len(some), model.cls_dim, device=device)) if model.cls_dim else None
     labels = y[some].to(device)
-    shared = dict(
+    guidance = dict(
         cfg_scale=cfg.cfg_scale, cfg_interval=cfg.cfg_interval, cls_cfg_scale=cfg.cls_cfg_scale, guide=guide,
         negative=negative)
     with world.autocast():
         if cfg.solver == "sde":
-            z = sde(model, x, labels, cfg.num_steps, cls, noise, **shared)  # [B, C, S, S]
+            z = sde(model, x, labels, cfg.num_steps, cls, noise, **guidance)  # [B, C, S, S]
         else:
-            shared["cfg_channels"] = cfg.cfg_channels
-            shared.update(train_shift=cfg.train_shift, reuse=cfg.reuse)
-            z = ode(model, x, labels, cfg.num_steps, cfg.timestep_shift, cls, cfg.solver, **shared)
+            z = ode(
+                model, x, labels, cfg.num_steps, cfg.timestep_shift, cls, cfg.solver, cfg.train_shift, cfg.reuse,
+                cfg_channels=cfg.cfg_channels, **guidance)
     z = z * maps(std.to(device)) + maps(mean.to(device))
     return tokenizer.decode(z[:max(16, len(y))]).float()[:len(y)]
 
@@ -825,9 +821,9 @@ def model_arch(cfg, channels, side, num_classes, vfm_dim, text=None):
     if cfg.path == "sphere":
         arch["sphere"] = True
     if text:
-        if not isinstance(text, ShapesText) and text.pooled_dim != text.dim:
-            raise UserError(f"--text={cfg.text}: its pooled state is {text.pooled_dim} wide, its tokens {text.dim}")
         vocabulary = len(text.words) + 1 if isinstance(text, ShapesText) else 0
+        if not vocabulary and text.pooled_dim != text.dim:
+            raise UserError(f"--text={cfg.text}: its pooled state is {text.pooled_dim} wide, its tokens {text.dim}")
         arch.update(
             num_classes=0, qk_norm=True, text_tokens=text.length, vocabulary=vocabulary,
             text_dim=arch["hidden_size"] if vocabulary else text.dim,
@@ -1028,10 +1024,9 @@ def train(cfg, world):
                 raise UserError(f"{path} is another run's ({'; '.join(changed)}): --resume=0 or another --out")
     world.agree(configuration=cfg, data=images.identity(), checkpoint=start)
     model, parallel, ema, optimizer = build(cfg, world, arch, saved)
-    if text and not saved:
+    if text and not arch["vocabulary"] and not saved:
         for net in (model, ema):
-            if not arch["vocabulary"]:
-                net.text_embedder.null.copy_(caption_states(text, text.ids([""]).to(world.device))[0])
+            net.text_embedder.null.copy_(caption_states(text, text.ids([""]).to(world.device))[0])
     watch = Watch(world, path, saved)
     del saved
     if world.rank == 0:
@@ -1181,7 +1176,7 @@ class Latents(Dataset):
 def caption_ids(folder, text, images, indices, world):
     """Ids [n, L] of the captions of `images` at `indices` [n], kept in the folder."""
     captions = [images.caption(i) for i in indices.tolist()]
-    path = Path(folder) / f"ids-{fingerprint(text.name, text.length, captions)[:8]}.npy"
+    path = folder / f"ids-{fingerprint(text.name, text.length, captions)[:8]}.npy"
     if world.rank == 0 and not path.exists():
         ids = text.ids(captions).numpy()
         with replacing(path) as temp, open(temp, "wb") as file:
@@ -1256,7 +1251,7 @@ def cache_latents(
 
 
 def describe_images(images, indices):
-    """Files' names and sizes, 16 images."""
+    """What tells a data set: files' names and sizes, classes, indices, 16 images' pixels."""
     files = []
     for path in images.paths:
         files.append((Path(os.fsdecode(path)).parts[-2:], os.path.exists(path) and os.stat(path).st_size))
@@ -1274,7 +1269,7 @@ def open_cache(folder, wanted, indices):
     if any(folder.iterdir()):
         if "arrays" not in meta:
             raise UserError(f"{folder} holds something else: another --latents")
-        print(f"{folder} is of another tokenizer or data set: encoding anew")
+        print(f"{folder} does not fit this run: encoding anew")
         for path in folder.glob("*.npy"):
             path.unlink()
     write_json(folder / "meta.json", dict(arrays={}, complete=False))  # it is ours

@@ -8,7 +8,7 @@ Judges images as OpenAI's ADM evaluator does, the papers' one.
     python fid.py --tokenizer=out/tokenizer.pt  # and rFID, equivariance on held-out images
     python fid.py SAMPLES --clip=FOLDER  # CLIP score of samples and their prompts
 
-A reference's statistics are kept in REFERENCE.inception.npz (a reference, too).
+A reference's statistics are kept in REFERENCE.FEATURES.npz (a reference, too).
 FID: arXiv 1706.08500; sFID: 2103.03841; IS: 1606.03498; precision and recall: 1904.06991; the evaluator:
 github.com/openai/guided-diffusion.
 """
@@ -45,7 +45,7 @@ class Config:
     samples: str = ""  # folder or .npz; empty: OUT/samples
     reference: str = "data/imagenet/VIRTUAL_imagenet256_labeled.npz"  # or a folder; empty: the toy
     metrics: str = ""  # of fid,sfid,is,precision,recall or psnr,ssim,lpips; empty: all
-    features: str = ""  # inception, toy, a VFM's name or file; empty: toy for shapes alone
+    features: str = ""  # inception, toy, a VFM's name or file; empty: toy for shapes, else inception
     inception: str = ""  # its weights; empty: fetch pytorch-fid's
     pairs: bool = False  # PSNR, SSIM, LPIPS of equal names in two folders
     lpips_weights: str = ""  # files of VGG16,LPIPS; empty: fetch them
@@ -74,7 +74,7 @@ HEADINGS = dict(
     clip="CLIP score", sfid="sFID", precision="precision", recall="recall", rfid="rFID",
     rotation="equivariance error, quarter turn", scaling="equivariance error, half size")
 NEEDS = dict(
-    precision="the reference's images", recall="the reference's images", lpips="--lpips_weights",
+    precision="four images of each set", recall="four images of each set", lpips="--lpips_weights",
     scaling="another --image_size")
 
 
@@ -252,7 +252,7 @@ class Classifier(nn.Module):
             nn.Linear(64 * 8 * 8, sum(attribute_counts(self.attributes[4:]))))
 
     def logits(self, x):  # float [B, 3, 32, 32]
-        maps = self.body[:7](x)  # [B, 48, 8, 8]: at the last one's 4 x 4 edges are lost
+        maps = self.body[:7](x)  # [B, 48, 8, 8]; the last map, 4 x 4, is too coarse for edges
         features = self.body[7:](maps).mean((2, 3))
         return torch.cat([self.head(features), self.placement(maps.detach())], 1)
 
@@ -354,7 +354,7 @@ class Npz:
 
 
 class Selection:
-    """At most `n` evenly spaced images of an Images, `labels`."""
+    """At most `n` evenly spaced images of an Images, and their labels."""
 
     def __init__(self, data, n):
         self.data = data
@@ -439,7 +439,7 @@ def judge(images, net, world, labels=None, reference=None, batch_size=64, title=
     fd = agreement = None
     if reference is not None:
         fd = distance(stats, reference)
-    if labels is not None and "predictions" in stats:
+    if labels is not None and "predictions" in stats and not isinstance(net, Inception):  # the toy's labels
         agreement = (stats["predictions"].cpu() == torch.as_tensor(labels)).double().mean().item()
     return dict(images=len(images), fd=fd, agreement=agreement, statistics=stats)
 
@@ -544,7 +544,7 @@ def evaluate(cfg, world):
     tok = load_tokenizer(cfg.tokenizer).to(world.device)
     if not cfg.data:
         cfg.data = tok.about.get("config", {}).get("data", "data/imagenet")
-        cfg.caption_key = tok.about.get("config", {}).get("caption_key", "")
+        cfg.caption_key = cfg.caption_key or tok.about.get("config", {}).get("caption_key", "")
     size = cfg.image_size or tok.resolution
     data = open_data(cfg, "val", size)
     source = Selection(data, cfg.images)
@@ -603,7 +603,7 @@ KEPT = ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "network", "source") 
 
 
 def read_statistics(path):
-    """ADM's or our statistics (`images`: has it them, too?); {} for other files."""
+    """ADM's or our statistics (`images`: whether the file holds them, too); {} for other files."""
     if not zipfile.is_zipfile(path):
         return {}
     with reading(path), np.load(path) as file:
@@ -624,7 +624,7 @@ def reference_statistics(path, net, cfg, world, neighbours):
         return given
     source = open_images(path, cfg.image_size)
     cache = Path(f"{path.rstrip('/')}.{net.name}.npz")
-    files = [(str(p), Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in source.paths]
+    files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in source.paths]
     version = fingerprint(files, cfg.image_size, network)
     found = read_statistics(cache)
     if found.get("source") != version:
@@ -755,7 +755,8 @@ def score_captions(named, asked):
 
 
 def geneval(samples, captions, val, net, world):
-    """`score_captions` of samples and of as many real, held-out images, the judge's ceiling (of the same_captions?)."""
+    """`score_captions` of samples and of as many real, held-out images, the judge's ceiling; same_captions: whether
+    both are of equal ones."""
     first = range(min(len(samples), len(val)))
     theirs = [val.data.caption(i) for i in first]
     result = dict(images=len(samples), same_captions=captions == theirs)

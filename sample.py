@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 # before torch, for whose threads tokenizer.py sets the environment
-from diffusion import PRESETS as DIFFUSION_PRESETS
-from diffusion import Config as DiffusionConfig
+from diffusion import PRESETS as DIFFUSION_PRESETS, Config as DiffusionConfig
 from diffusion import (
     DiT, Sampling, bench_arch, caption_states, check_solver, generate, guided, load_diffusion, ode, sde)
 from tokenizer import (
@@ -84,7 +83,7 @@ def tokenizer_beside(path, entries):
 
 
 def check_tokenizer(path, entries, tokenizer, named):
-    """UserError unless the diffusion model of these entries was trained on these weights (old ones do not say)."""
+    """UserError unless this diffusion model was trained on these weights (old and joint ones do not say)."""
     known = entries.get("tokenizer_is")
     if known and known != fingerprint(tokenizer):
         raise UserError(f"{named} was trained again: {path} knows other latents (--tokenizer=FILE takes any)")
@@ -179,7 +178,7 @@ def read_conditions(cfg, model, world):
         if name != "toy":
             raise UserError("a text model needs --prompt or --prompts")
         shapes = Shapes("val")
-        prompts = [shapes.caption(i) for i in range(min(cfg.n or 1_000, len(shapes)))]
+        prompts = [shapes.caption(i) for i in range(len(shapes))]
     text.ids([*prompts, cfg.negative])  # complains of unknown words before all work
     return prompts, lambda some: caption_states(text, text.ids(some).to(world.device))
 
@@ -190,11 +189,8 @@ def write_samples(cfg, world):
     model, guide, tokenizer, mean, std = load_pipeline(cfg, world)
     check_solver(model, cfg.solver, cfg.num_steps)  # before older samples go
     conditions, condition = read_conditions(cfg, model, world)
-    n = cfg.n
-    if not n and cfg.prompt:
-        n = 4 * len(conditions)
-    elif not n:
-        n = 1_000 if cfg.preset == "toy" else 50_000
+    many = 1_000 if cfg.preset == "toy" else 50_000
+    n = cfg.n or (4 * len(conditions) if cfg.prompt else many)
     asked = [conditions[i % len(conditions)] for i in range(n)]
     negative = condition([cfg.negative])[0] if cfg.negative else None
     out = Path(cfg.out)
@@ -213,8 +209,8 @@ def write_samples(cfg, world):
             there -= set(paths)
         elif there:
             print(f"{folder} holds images of other settings: starting over")
-        for path in (*there, *folder.glob("*s.json")):
-            path.unlink()
+        for path in (*there, folder / "labels.json", folder / "prompts.json"):
+            path.unlink(missing_ok=True)
         write_json(folder / "settings.json", settings)
         names = {path.name: each for path, each in zip(paths, asked)}
         write_json(folder / ("prompts.json" if model.text_tokens else "labels.json"), names)
@@ -248,7 +244,7 @@ def reconstruct(cfg, world):
     tok = load_tokenizer(cfg.tokenizer or f"{cfg.out}/tokenizer.pt").to(world.device)
     if not os.path.isdir(cfg.reconstruct):
         raise UserError(f"no folder {cfg.reconstruct}")
-    data = Images(cfg.reconstruct, "", tok.resolution)
+    data = Images(os.path.join(cfg.reconstruct, ""), "", tok.resolution)  # a folder, also of the name shapes
     names = [Path(os.fsdecode(path)).relative_to(cfg.reconstruct).with_suffix(".png") for path in data.source]
     originals = Path(cfg.out, "originals")
     copies = Path(cfg.out, "reconstructions")

@@ -631,7 +631,7 @@ def test_shards_that_cannot_be_read():
         write_shard(f"{folder}/00.tar", files)
         refused("{00..03}.tar", "no shard", "01.tar")
         refused("{00..99999999999999}.tar", "01.tar")
-        refused("{03..00}.tar", "no images")
+        refused("{03..00}.tar", "no images", "there are no shards")
         whole = Path(folder, "00.tar").read_bytes()
         for name in "01.tar", "x.tar.gz":
             Path(folder, name).write_bytes(gzip.compress(whole))
@@ -1079,7 +1079,7 @@ def test_text_errors():
         Path(f"{folder}/tokenizer.json").write_bytes(b"\xff")
         fails(lambda: encoder(["a"]), "tokenizer.json")
         write_safetensors(f"{folder}/model.safetensors", {"stray": torch.zeros(2)})
-        fails(lambda: tokenizer.load_text(folder), "no known text encoder")
+        fails(lambda: tokenizer.load_text(folder), "of another kind")
         state = {key: torch.zeros(shape) for key, shape in golden("text")["towers"]["siglip2"]["keys"].items()}
         del state["encoder.layers.1.mlp.fc2.weight"]
         write_safetensors(f"{folder}/model.safetensors", state)
@@ -1398,7 +1398,7 @@ def test_fusion_and_attention_compile_on_the_cpu():
 def test_adapters_compile_on_the_cpu():
     """VFM-VAE's projections of levels and latents, AlignTok's adapter with inductor."""
     assert_compiled_alike(tokenizer.AttnProjection(16, 8, 2), torch.randn(2, 16, 16))
-    net = tokenizer.PointwiseAdapter(16, 16, 4)
+    net = tokenizer.PointwiseAdapter(16, 4)
     assert_compiled_alike(net.net, torch.randn(2, 16, 16))
 
 
@@ -2007,6 +2007,7 @@ def test_tokenizer_flops():
     with_draws = tokenizer.training_flops(cfg, tok)["strong alignment"]
     without = tokenizer.training_flops(dataclasses.replace(cfg, recipe="toy"), tok)["strong alignment"]
     assert 0.4 < with_draws / without < 0.9
+    assert tokenizer.training_flops(cfg, tok, whole=True)["strong alignment"] == without  # what --bench times
 
 
 def test_mfu():
@@ -2216,6 +2217,7 @@ def test_bench():
     for module in tokenizer, diffusion:
         flags = "--bench=1", "--preset=toy", "--batch_size=8", "--accumulate=3"
         fails(lambda: command(module, *flags), "--batch_size=8", "no multiple")
+    fails(lambda: command(tokenizer, "--bench=1", "--preset=toy", "--stage=9"), "--stage=9", "weak alignment")
 
 def test_readme_flags_exist():
     """Every flag that the README's commands give is a field of that script's Config."""
@@ -3582,6 +3584,9 @@ def test_sampling_goes_on(folder, cfg):
     assert len(sampled(cfg.out)) == 3
     assert set(json.loads((samples / "labels.json").read_text()).values()) == {2}
     assert "starting over" in write_samples(cfg, n=3, seed=1, classes=(2,), cfg_interval=(0.5, 1.0))
+    with mock.patch.object(sample, "write_json", side_effect=UserError("cannot write")):  # a full disk
+        fails(lambda: write_samples(cfg, n=3, seed=1, classes=(2,), cfg_interval=(0.5, 1.0)), "cannot write")
+    write_samples(cfg, n=3)
     (samples / "settings.json").unlink()
     fails(lambda: write_samples(cfg), "holds other images")
 
@@ -3691,6 +3696,15 @@ def test_reconstruct(folder, cfg):
         assert (want.int() - read(Path(cfg.out, "reconstructions", name)).int()).abs().max() <= 1
     for where, words in (f"{folder}/nowhere", ["no folder"]), (str(root / "3"), ["other images"]):
         fails(lambda: sample.reconstruct(changed(config, reconstruct=where), WORLD), *words)
+    Path(folder, "shapes").symlink_to(root.resolve())
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        named = changed(config, reconstruct="shapes", tokenizer=f"{cfg.out}/tokenizer.pt", out=f"{folder}/named")
+        quiet(sample.reconstruct, named, WORLD)
+    finally:
+        os.chdir(before)
+    assert len([*Path(folder, "named/reconstructions").rglob("*.png")]) == len(names)
 
 
 def flux_file(path, **arguments):
@@ -3825,6 +3839,9 @@ def test_text_training_and_sampling():
         assert sampled(cfg.out).items() <= many.items()
         command(sample, *flags, f"--prompts={folder}/prompts.txt", "--n=5", f"--negative={prompts[0]}")
         assert not sampled(cfg.out).items() <= many.items()
+        held_out = *flags, f"--ckpt={cfg.out}/diffusion-text.pt"  # their captions
+        assert "(2 new)" in command(sample, *held_out, "--n=2")
+        assert "(1 new)" in command(sample, *held_out, "--n=3")
         fails(lambda: command(sample, *flags, "--prompt=a red cow"), "words")
         fails(lambda: command(sample, *flags, f"--prompts={folder}/none"), "no file")
         for text, said in (b"", "is empty"), ("caf\u00e9".encode("latin-1"), "UnicodeDecodeError"):
@@ -4327,6 +4344,8 @@ def test_judge():
     found = fid.judge(b, net, WORLD, labels, alone["statistics"], batch_size=7)
     exact = fid.frechet_distance(*gaussian(net(b)[0]), *gaussian(net(a)[0]))
     np.testing.assert_allclose([found["fd"], found["agreement"]], [exact, 0.8], rtol=1e-5)
+    with mock.patch.object(fid, "Inception", Means):  # its classes are ImageNet's
+        assert fid.judge(b, net, WORLD, labels)["agreement"] is None
 
 
 def test_judge_transform():
@@ -5527,6 +5546,17 @@ def test_tokenizers_stopped_by_signals():
             a["config"] = b["config"]
             assert_same(a, b)
             assert_same_log(cfg.out, parts.out)
+
+
+def test_sigusr1_does_not_kill_outside_of_the_loop():
+    """A script ignores it until its steps begin."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    found = []
+    try:
+        tokenizer.main(lambda: found.append(signal.getsignal(signal.SIGUSR1)))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert found == [signal.SIG_IGN]
 
 
 @with_diffusion_folder

@@ -46,7 +46,6 @@ import os
 import re
 import resource
 import signal
-import statistics
 import sys
 import tarfile
 import textwrap
@@ -62,8 +61,8 @@ from typing import Literal
 
 import numpy as np
 
-# Waiting OpenMP threads sleep after so many turns (ours, measured): with fewer a run alone slows, with more two runs
-# side by side stop each other
+# How often an idle OpenMP thread looks for work before it sleeps (ours, measured): less slows a run that is alone, more
+# lets two runs on one machine starve each other
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import torch
 import torch.distributed as dist
@@ -82,7 +81,7 @@ class Config:
     recipe: Literal["paper", "toy", "study"] = "paper"  # rows of STAGES
     stage: int = 0  # this alone, from the one before's checkpoint; 0: all
     out: str = "out"  # checkpoints, logs, grids
-    cache: str = "out"  # the toy's drawings, VFM, classifier, for all runs
+    cache: str = "out"  # for all runs: the toy's drawings, VFM, classifier; tars' indices
     resume: bool = True  # go on from OUT/tokenizer.pt
     seed: int = 0  # of weights, batches, noise
     # data
@@ -119,7 +118,7 @@ class Config:
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # multiples, fine to coarse
     ldm_blocks: Positive = 2  # a level; one more in the decoder
     ldm_attention: bool = True  # on the coarsest level
-    groups: Positive = 32  # of GroupNorms; as many as channels hide mean colours
+    groups: Positive = 32  # of GroupNorms; one a channel would erase mean colours
     # training
     kimg: float = 0.0  # thousands of images, all stages; 0: as in STAGES
     batch_size: Positive = 512  # images a step
@@ -185,21 +184,21 @@ class Stage:
         return getattr(self, name) * (images[0].numel() if summed else 1)
 
 
-# VFM-VAE: as published. VA-VAE: 130 epochs of ImageNet (1,281 kimg), then with margins; vae: latent diffusion's losses
-# for as long; LDM's GAN starts after 5,000 steps of 256. AlignTok: no KL, no sampling, preservation 1 (3 for text to
-# image), by later notes on the paper; its lengths, learning rates, and preservation's scale are ours. PS-VAE: weights
-# and learning rates; its lengths, and the LDM losses that the pixels' weight multiplies, are ours.
+# VFM-VAE: as published. VA-VAE: 100, 15 and, with margins, 15 epochs of ImageNet (1,281 kimg); vae: latent diffusion's
+# losses for as long; LDM's GAN starts after 5,000 steps of 256. AlignTok: no KL, no sampling, preservation 1 (3 for
+# text to image), by later notes on the paper; its lengths, learning rates, and preservation's scale are ours. PS-VAE:
+# weights and learning rates; its lengths, and the LDM losses that the pixels' weight multiplies, are ours.
 BOTH = "adapter decoder"
 ALL = "encoder adapter decoder"
-fusion = functools.partial(Stage, dino=1.0)
+row = functools.partial(Stage, dino=1.0)
 ldm = functools.partial(Stage, summed=True, betas=(0.5, 0.9), lpips=1.0, patch=0.5, gan_adaptive=True)
 PAPER = dict(
     vfmvae=[
-        fusion("strong alignment", 20_000, BOTH, vf=5.0, kl=1e-6, lpips=10.0, equivariance=True, multires=0.1,
-               multires_kimg=5_000),
-        fusion("weak alignment", 20_000, BOTH, vf=1.0, kl=1e-6, lpips=10.0, equivariance=True),
-        fusion("ssim", 1_000, "decoder", lr=5e-5, lpips=2.0, ssim=1.0, equivariance=True),
-        fusion("patchgan", 3_000, "high", lr=5e-5, l1=0.0, multi=1.0, matching=10.0)],
+        row("strong alignment", 20_000, BOTH, vf=5.0, kl=1e-6, lpips=10.0, equivariance=True, multires=0.1,
+            multires_kimg=5_000),
+        row("weak alignment", 20_000, BOTH, vf=1.0, kl=1e-6, lpips=10.0, equivariance=True),
+        row("ssim", 1_000, "decoder", lr=5e-5, lpips=2.0, ssim=1.0, equivariance=True),
+        row("patchgan", 3_000, "high", lr=5e-5, l1=0.0, multi=1.0, matching=10.0)],
     aligntok=[
         ldm("latent alignment", 38_400, BOTH, sample=False, gan_start_kimg=1_280),
         ldm("perceptual alignment", 19_200, ALL, sample=False, preserve=1.0),
@@ -210,8 +209,8 @@ PAPER = dict(
         ldm("margins", 19_200, BOTH, vf=0.1, kl=1e-6, vf_margins=(0.25, 0.5))],
     vae=[ldm("reconstruction", 166_500, BOTH, kl=1e-6, gan_start_kimg=1_280)],
     # 16 epochs; not here: a discriminator that learns two epochs before its loss counts, rates that fall tenfold
-    rae=[fusion("decoder", 20_500, "decoder", lr=2e-4, betas=(0.9, 0.95), sample=False, noise=0.8, lpips=1.0, dino=0.75,
-                gan_adaptive=True, gan_start_kimg=10_250)],
+    rae=[row("decoder", 20_500, "decoder", lr=2e-4, betas=(0.9, 0.95), sample=False, noise=0.8, lpips=1.0, dino=0.75,
+             gan_adaptive=True, gan_start_kimg=10_250)],
     psvae=[
         ldm("semantic latents", 19_200, BOTH, summed=False, l1=0.1, lpips=0.1, kl=1e-6, semantic=1.0, detach=True,
             gan_start_kimg=1_280),
@@ -236,26 +235,26 @@ def short_rows(ldm, strong, weak):
 
 
 # High learning rates, low alignment and perceptual weights, no GAN. LDM's stay grey at VFM-VAE's rate.
-fusion = functools.partial(Stage, betas=(0.9, 0.99))
+row = functools.partial(Stage, betas=(0.9, 0.99))
 ldm = functools.partial(Stage, summed=True, betas=(0.9, 0.9), lr=6e-4, encoder_lr=1.8e-4, lpips=0.01)
 TOY = dict(
     vfmvae=[
-        fusion("strong alignment", 9.7, BOTH, lr=2e-3, vf=1.0, kl=1e-6, lpips=0.1, multires=0.1, multires_kimg=2.4),
-        fusion("weak alignment", 9.7, BOTH, lr=2e-3, vf=0.2, kl=1e-6, lpips=0.1),
-        fusion("ssim", 0.6, "decoder", lr=1e-3, lpips=0.02, ssim=1.0)],
-    rae=[fusion("decoder", 28.0, "decoder", lr=2e-3, lpips=0.1, sample=False, noise=0.2)],
+        row("strong alignment", 9.7, BOTH, lr=2e-3, vf=1.0, kl=1e-6, lpips=0.1, multires=0.1, multires_kimg=2.4),
+        row("weak alignment", 9.7, BOTH, lr=2e-3, vf=0.2, kl=1e-6, lpips=0.1),
+        row("ssim", 0.6, "decoder", lr=1e-3, lpips=0.02, ssim=1.0)],
+    rae=[row("decoder", 28.0, "decoder", lr=2e-3, lpips=0.1, sample=False, noise=0.2)],
     **short_rows(ldm, 0.1, 0.02))
 
 # `align.py --study=1`: one optimizer, a learning rate at which all learn, no loss on a VFM but the methods' own, and
 # VFM-VAE's first VF weight lowered from 5, which would hold its images at 15 dB.
-fusion = functools.partial(Stage, betas=(0.9, 0.99), lr=6e-4, encoder_lr=1.8e-4)
-ldm = functools.partial(fusion, summed=True)
+row = functools.partial(Stage, betas=(0.9, 0.99), lr=6e-4, encoder_lr=1.8e-4)
+ldm = functools.partial(row, summed=True)
 STUDY = dict(
     vfmvae=[
-        fusion("strong alignment", 13.6, BOTH, vf=1.0, kl=1e-6, multires=0.1, multires_kimg=3.4),
-        fusion("weak alignment", 13.6, BOTH, vf=1.0, kl=1e-6),
-        fusion("ssim", 0.8, "decoder", lr=3e-4, ssim=1.0)],
-    rae=[fusion("decoder", 28.0, "decoder", sample=False, noise=0.2)],
+        row("strong alignment", 13.6, BOTH, vf=1.0, kl=1e-6, multires=0.1, multires_kimg=3.4),
+        row("weak alignment", 13.6, BOTH, vf=1.0, kl=1e-6),
+        row("ssim", 0.8, "decoder", lr=3e-4, ssim=1.0)],
+    rae=[row("decoder", 28.0, "decoder", sample=False, noise=0.2)],
     **short_rows(ldm, 0.5, 0.1))
 
 STAGES = dict(paper=PAPER, toy=TOY, study=STUDY)
@@ -497,11 +496,9 @@ def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
         if not config and not name.startswith("http") and not os.path.exists(name):
             raise UserError(f"no VFM {name}: neither file nor one of {', '.join([*TOY_VFMS, *VFMS])}")
         state = load_weights(url)
-        try:
+        with reading(name):
             state = to_vit_keys(state.get("teacher", state.get("model", state)))
             config = {**vit_config(state), **config}
-        except (KeyError, AttributeError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{name} holds no known ViT: it lacks or misshapes {error}")
     vit = vit_from({**config, **overrides})
     if state is not None:
         load_state(vit, state, name)
@@ -595,10 +592,9 @@ class LevelAdapter(nn.Module):
 class PointwiseAdapter(nn.Module):
     """AlignTok's two-layer MLP; LayerNorm before and SiLU between are ours."""
 
-    def __init__(self, in_dim, hidden, z_dim):
+    def __init__(self, dim, z_dim):
         super().__init__()
-        layers = nn.Linear(in_dim, hidden), nn.SiLU(), nn.Linear(hidden, 2 * z_dim)
-        self.net = nn.Sequential(nn.LayerNorm(in_dim), *layers)
+        self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 2 * z_dim))
 
     def forward(self, features, grid):  # levels, each [B, N, D]; (h, w)
         return self.net(features[-1]).mT.unflatten(2, grid)  # [B, 2 C, h, w]
@@ -615,7 +611,7 @@ class BlocksAdapter(PointwiseAdapter):
     """PS-VAE's (arXiv 2512.17909): three transformer blocks before the MLP."""
 
     def __init__(self, dim, num_heads, z_dim):
-        super().__init__(dim, dim, z_dim)
+        super().__init__(dim, z_dim)
         self.blocks = transformer(dim, num_heads)
 
     def forward(self, features, grid):
@@ -640,7 +636,7 @@ class IdentityAdapter(nn.Module):
 
     def forward(self, features, grid):  # levels, each [B, N, C], the last not normalised; (h, w)
         x = F.layer_norm(features[-1], features[-1].shape[-1:], eps=1e-6).mT.unflatten(2, grid)  # [B, C, h, w]
-        return torch.cat([x, torch.full_like(x, -30.0)], 1)  # [B, 2 C, h, w]
+        return torch.cat([x, torch.full_like(x, -30.0)], 1)  # [B, 2 C, h, w]; logvar -30: no noise
 
 
 @contextlib.contextmanager
@@ -995,8 +991,8 @@ class Tokenizer(nn.Module):
 
     def __init__(
             self, resolution=256, downsample=16, z_dim=32, vfm=None, layers=(0, 12, -1), scale_factor=2.0,
-            level_dims=None, adapter_hidden=0, encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0,
-            adapter_kind="", semantic_head=None, quantizer=None):
+            level_dims=None, encoder=None, decoder=None, decoder_kind="vfmvae", vf_dim=0, adapter_kind="",
+            semantic_head=None, quantizer=None):
         super().__init__()
         self.arch = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.resolution = resolution
@@ -1025,7 +1021,7 @@ class Tokenizer(nn.Module):
             elif adapter_kind == "blocks":
                 self.adapter = BlocksAdapter(dim, self.vfm.blocks[0].attn.num_heads, z_dim)
             else:
-                self.adapter = PointwiseAdapter(dim, adapter_hidden or dim, z_dim)
+                self.adapter = PointwiseAdapter(dim, z_dim)
         else:
             self.adapter = LDMEncoder(z_dim, **encoder)
         if decoder_kind == "vfmvae":
@@ -1080,12 +1076,13 @@ def vfm_of(cfg):
 
 
 def build_tokenizer(cfg, pretrained=True):
-    """-> an untrained Tokenizer (its VFM pretrained), the VF or semantic loss's VFM if another."""
+    """-> an untrained Tokenizer (its VFM pretrained), the VF loss's VFM if another."""
+    if cfg.stage > len(stages_of(cfg)):
+        raise UserError(f"--stage={cfg.stage}: {cfg.method} has {', '.join(stage.name for stage in stages_of(cfg))}")
     name, scale = vfm_of(cfg)
     on_vfm = cfg.method in ("vfmvae", "aligntok", "rae", "psvae")
     vf = any(stage.vf for stage in stages_of(cfg))
-    semantic = any(stage.semantic for stage in stages_of(cfg))
-    vfm = load_vfm(name, cfg.cache, pretrained) if vf or semantic or on_vfm else None
+    vfm = load_vfm(name, cfg.cache, pretrained) if vf or on_vfm else None
     kind = cfg.decoder or dict(vfmvae="vfmvae", rae="vit").get(cfg.method, "ldm")
     convs = dict(
         ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.ldm_blocks, groups=cfg.groups,
@@ -1103,7 +1100,7 @@ def build_tokenizer(cfg, pretrained=True):
         arch.update(vfm=vfm.config, scale_factor=scale, layers=(-1,))
     else:
         arch.update(encoder=convs, scale_factor=1.0)
-    if semantic:
+    if any(stage.semantic for stage in stages_of(cfg)):
         arch["semantic_head"] = dict(dim=vfm.embed_dim, num_heads=vfm.blocks[0].attn.num_heads)
     if cfg.method == "rae":
         arch.update(z_dim=vfm.embed_dim, layers=(vfm.depth,), adapter_kind="identity")
@@ -1181,7 +1178,7 @@ def draw_equivariance(seed, step, grid, granularity):
     rng = np.random.default_rng((seed, step, 1))
     latent = rng.uniform() < 0.5
     scales = (0.25, 0.5, 0.75, 1.0) if latent else (0.25, 0.5, 0.75)
-    scales = [scale for scale in scales if grid * scale >= granularity and grid * scale % granularity == 0]
+    scales = [scale for scale in scales if grid * scale % granularity == 0]
     if latent:
         return "latent", float(rng.choice(scales)), int(rng.integers(4))
     if rng.uniform() < 0.25 and scales:
@@ -1224,7 +1221,7 @@ class Trainer:
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.world = world
-        self.target_vfm = vfm  # where the encoder is none
+        self.target_vfm = vfm  # the VF loss's, where the encoder is no VFM
         self.length_scale = length_scale
         self.pretrained = pretrained
         self.stage = self.anchor = self.gan = self.perceptual_net = None
@@ -1368,13 +1365,13 @@ class Trainer:
             values["preserve"] = self.preserve_loss(images, mean)
         if stage.semantic:
             values["semantic"] = self.semantic_loss(images, z, features)
-        fixed = self.weigh(values, images)
         quantizer = self.tokenizer.quantizer
         if quantizer is not None:
             values["commit"] = commit_loss(mean, quantizer.lookup(indices))
+        fixed = self.weigh(values, images)
+        if quantizer is not None:
             used = torch.zeros_like(quantizer.codebook[:, 0]).index_fill(0, indices.flatten(), 1)
             values["codes"] = used.sum() / min(len(used), indices.numel())  # of as many as there could be
-            fixed = fixed + stage.weight("commit", images) * values["commit"]
         vf = None
         if stage.vf:
             with self.world.autocast():
@@ -1454,17 +1451,17 @@ class Trainer:
         values.update(losses)
 
         # gradients at the latent; the VF loss is weighed against reconstruction alone
-        apart = None
+        rec_grad = None
         if adv is not None:
             if vf is not None:
-                apart, = torch.autograd.grad(share * sum(map(stand_in, outputs, grads)), latent, retain_graph=True)
+                rec_grad, = torch.autograd.grad(share * sum(map(stand_in, outputs, grads)), latent, retain_graph=True)
             grads[-1] = grads[-1] + adv
         (share * sum(map(stand_in, outputs, grads))).backward()
 
         # gradients at the encoder
         if vf is not None:
-            apart = latent.grad if apart is None else apart
-            ours = stand_in(moved, apart / share)
+            rec_grad = latent.grad if rec_grad is None else rec_grad
+            ours = stand_in(moved, rec_grad / share)
             values["vf_weight"] = stage.vf * adaptive_weight(ours, vf, tok.adapter.last_weight(), 1e8)
             fixed = fixed + values["vf_weight"] * vf
         pixels = stand_in(moved, latent.grad) if latent.requires_grad else 0
@@ -1508,10 +1505,10 @@ def select_parameters(tok, trains):
     """Freezes the rest -> {name: parameters}."""
     tok.requires_grad_(False)
     decoder = tok.decoder
-    if hasattr(decoder, "blocks"):
-        high = decoder.blocks[-3:]
-    else:
+    if hasattr(decoder, "up"):
         high = [*decoder.up[:3], decoder.norm_out, decoder.conv_out]
+    else:
+        high = [*decoder.blocks[-3:], *([decoder.norm, decoder.pred] if hasattr(decoder, "pred") else [])]
     parts = dict(
         encoder=[tok.vfm], adapter=[tok.adapter, tok.vf_proj, tok.semantic_head],
         decoder=[decoder, tok.quantizer], high=high)
@@ -1598,9 +1595,9 @@ def stage_plan(cfg):
 
 
 @torch.no_grad()
-def training_flops(cfg, tok):
+def training_flops(cfg, tok, whole=False):
     """{stage's name: FLOPs of an image's training step}, thrice the forward pass where it trains, at equivariance's
-    average size; without losses and discriminators."""
+    average size or of `whole` images; without losses and discriminators."""
 
     def count(part, *inputs):
         with FlopCounterMode(display=False) as counter:
@@ -1618,7 +1615,7 @@ def training_flops(cfg, tok):
     for stage in stages_of(cfg):
         encoder = vfm * (3 if "encoder" in stage.trains else 1) + adapter * (3 if "adapter" in stage.trains else 1)
         encoded = decoded = 1.0
-        if stage.equivariance:
+        if stage.equivariance and not whole:
             encoded = np.mean([scale ** 2 if kind == "image" else 1.0 for kind, scale, _ in draws])
             decoded = np.mean([scale ** 2 for _, scale, _ in draws])
         flops[stage.name] = float(encoder * encoded + 3 * decoder * decoded)
@@ -1630,8 +1627,6 @@ def train(cfg, world):
     path = Path(cfg.out) / "tokenizer.pt"
     plan, length_scale = stage_plan(cfg)
     end = plan[-1][3]
-    if cfg.stage > len(plan):
-        raise UserError(f"--stage={cfg.stage}: {cfg.method} has {', '.join(stage.name for stage in stages_of(cfg))}")
     plan = [row for row in plan if cfg.stage in (0, row[0])]
     start, stop = plan[0][2], plan[-1][3]
     batch = cfg.batch_size
@@ -1714,7 +1709,7 @@ def train(cfg, world):
             log.bar.update()
             saving = (step + 1) % cfg.save_interval == 0 or seen == last
             if (step + 1) % cfg.log_interval == 0 or saving:
-                losses = {k: world.mean(v.to(world.device)) for k, v in losses.items()}
+                losses = {k: world.mean(v) for k, v in losses.items()}
                 lr = trainer.optimizer.param_groups[-1]["lr"]
                 log.write(step + 1, seen, epoch=seen / len(data), stage=number, lr=lr, **losses)
             if world.rank == 0 and ((step + 1) % cfg.grid_interval == 0 or seen == last):
@@ -1734,7 +1729,7 @@ def bench(cfg, world):
     """With random images and weights."""
     tok, vfm = build_tokenizer(cfg, pretrained=False)
     tok = tok.to(world.device, memory_format=world.layout)
-    flops = training_flops(cfg, tok)
+    flops = training_flops(cfg, tok, whole=True)
     trainer = Trainer(cfg, tok, world, vfm and vfm.to(world.device), pretrained=False)
     shape = micro_batch(cfg.batch_size, world, cfg.accumulate), 3, cfg.image_size, cfg.image_size
     images = torch.randint(0, 256, shape, dtype=torch.uint8).to(world.device)
@@ -2402,29 +2397,28 @@ def load_weights(path_or_url):
         raise UserError(f"no file {path}")
     try:
         if path.endswith(".safetensors"):
-            return Entries(path, read_safetensors(path))
-        mapped = zipfile.is_zipfile(path)  # eight processes do not hold eight copies
-        if mapped:
-            with zipfile.ZipFile(path) as archive:  # which checks sums, as torch does not
-                for entry in archive.namelist():
-                    if entry.endswith("data.pkl"):
-                        archive.read(entry)
-        entries = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            entries = read_safetensors(path)
+        else:
+            mapped = zipfile.is_zipfile(path)  # eight processes do not hold eight copies
+            if mapped:
+                with zipfile.ZipFile(path) as archive:  # which checks sums, as torch does not
+                    for entry in archive.namelist():
+                        if entry.endswith("data.pkl"):
+                            archive.read(entry)
+            entries = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(entries, dict):
             raise ValueError("it holds no state dict")
-        return Entries(path, entries)
-    except UserError:
-        raise
     except Exception as error:  # of damaged or hostile files
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds code ({code[1]}), which is never run" if code else f"{type(error).__name__}: {error}"
         reason = re.sub("Weights only load failed.*", "it is damaged, or holds more than weights", reason, flags=re.S)
         raise UserError(f"cannot read weights from {path}: {reason}".splitlines()[0])
+    return Entries(path, entries)
 
 
 @contextlib.contextmanager
 def reading(path):
-    """What a damaged or foreign file makes fail: UserError."""
+    """Turns errors that a damaged or foreign file causes into a UserError."""
     try:
         yield
     except Exception as error:
@@ -2505,9 +2499,9 @@ def gemma_tokens(read):
         symbols = []
         for char in text.lower().replace(" ", "▁"):
             symbols += [char] if char in vocab else [f"<0x{byte:02X}>" for byte in char.encode()]
-        return [vocab.get(symbol, 3) for symbol in merge_pairs(symbols, ranks)]
+        return [vocab.get(symbol, 3) for symbol in merge_pairs(symbols, ranks)]  # 3: <unk>
 
-    return [], 1, 0, tokens
+    return [], 1, 0, tokens  # no start; <eos>, <pad>
 
 
 def clip_tokens(read):
@@ -2566,10 +2560,8 @@ class TextEncoder(nn.Module):
 
     @functools.cached_property
     def tokens(self):  # first ids, the last, the pad, text -> ids
-        try:
+        with reading(f"the tokenizer in {self.root}"):
             return self.make_tokens(self.read)
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{self.root} has a damaged or another tokenizer: {type(error).__name__} {error}")
 
     def ids(self, texts):
         first, end, pad, tokens = self.tokens
@@ -2610,15 +2602,13 @@ def load_text(name_or_path, **overrides):
     state = {}
     for file in files:
         state.update(load_weights(file))
-    try:
+    with reading(name):
         state = to_vit_keys(rename(state, TEXT_KEYS, TEXT_UNUSED))
         _, length, dim = state["pos_embed"].shape
         config = dict(
             vocab=len(state["embed.weight"]), length=length, dim=dim, pooled_dim=len(state["project.weight"]),
             depth=count_parts(state, "blocks."), num_heads=16 if dim == 1152 else max(1, dim // 64),
             hidden=len(state["blocks.0.mlp.fc1.weight"]), clip="project.bias" not in state)
-    except (KeyError, AttributeError, ValueError) as error:
-        raise UserError(f"{name} holds no known text encoder: it lacks or misshapes {error}")
     encoder = load_state(TextEncoder(root, **{**config, **overrides}), state, name).requires_grad_(False).eval()
     encoder.name = name
     return encoder
@@ -2798,7 +2788,8 @@ class Images(Dataset):
         self.paths, rows = index_shards(paths, self.caption_suffix, cache)
         complete = (rows["place"] >= 0).all(1)
         if not complete.any():
-            raise UserError(f"no images with a {self.caption_suffix} in {', '.join(self.paths[:3])}")
+            found = ", ".join(self.paths[:3]) or "there are no shards"
+            raise UserError(f"no images with a {self.caption_suffix}: {found}")
         if not complete.all():
             note = f"{(~complete).sum()} incomplete samples are left out"
             self.note = f"{self.note}; {note}" if self.note else note
@@ -2942,8 +2933,7 @@ class Images(Dataset):
 
 def open_data(cfg, split, size, crop=False, flip=False):
     """A Config's Images."""
-    key = getattr(cfg, "caption_key", "")
-    data = Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache, key)
+    data = Images(cfg.data, split, size, cfg.data_dir, cfg.download, crop, flip, cfg.cache, cfg.caption_key)
     if cfg.skip_bad:
         data.bad_list = Path(cfg.out) / "bad_images.txt"
     if data.note and os.environ.get("RANK", "0") == "0":
@@ -2989,7 +2979,7 @@ def make_loader(dataset, sampler, world, workers, collate=None):
 
 
 def leave_signals(worker):
-    """To the training process."""
+    """Loader processes ignore them: the training process handles them."""
     for number in Watch.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -3010,7 +3000,8 @@ class Shapes(Dataset):
         self.size = size
         self.images = None
         n = length or self.lengths[split]
-        self.labels = self.attributes(np.arange(n))["shape"]
+        self.every_attribute = self.attributes(np.arange(n))
+        self.labels = self.every_attribute["shape"]
         if cache and n * 3 * size * size < 1 << 29:  # drawn once, memory-mapped
             version = fingerprint(torch.from_numpy(self.draw(np.arange(16))))[:6]
             path = Path(cache) / f"shapes-{split}-{size}-{n}-{version}.npy"
@@ -3055,10 +3046,6 @@ class Shapes(Dataset):
             shape=choose(0, self.classes), hue=choose(1, self.hues), texture=choose(2, self.textures),
             ground=choose(3, self.hues), x=x, y=y, scale=scale, angle=angle, mirror=np.where(u[:, 8] < 0.5, -1.0, 1.0),
             place=place, size=quarter(scale, 0.55, 0.8), turn=quarter(angle, -0.4, 0.4), free=u[:, 9:])
-
-    @functools.cached_property
-    def every_attribute(self):
-        return self.attributes(np.arange(len(self)))
 
     def caption(self, index):
         a = {k: v[index] for k, v in self.every_attribute.items()}
@@ -3217,8 +3204,7 @@ def train_on_shapes(title, net, logits, attributes, cache, device, images, batch
     """Trains `net` in place to name attributes of shapes (AdamW, one cycle): the toy's VFM, fid.py's classifier.
     `logits(x [B, 3, 32, 32] in [-1, 1])` -> a list of [B, sum(attribute_counts(attributes))]."""
     data = Shapes("train", 32, cache=cache)
-    values = data.attributes(np.arange(len(data)))
-    targets = torch.from_numpy(np.stack([values[name] for name in attributes], 1))
+    targets = torch.from_numpy(np.stack([data.every_attribute[name] for name in attributes], 1))
     net.train()
     opt = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, images // batch, pct_start=0.1)
@@ -3274,7 +3260,7 @@ Share = typing.NewType("Share", float)
 Decay = typing.NewType("Decay", float)
 
 
-MOST = 2 ** 62  # of any number: C's integers hold it
+LARGEST = 2 ** 62  # of a flag's numbers: it fits C's integers
 
 
 def parse_config(Config, presets, argv=None, positional=()):
@@ -3288,7 +3274,7 @@ def parse_config(Config, presets, argv=None, positional=()):
     def boolean(text):
         return ("0", "false", "1", "true").index(text.lower()) > 1
 
-    def numbers(name, kind, least=-MOST, most=MOST, many=False):  # name: for argparse's complaint
+    def numbers(name, kind, least=-LARGEST, most=LARGEST, many=False):  # name: for argparse's complaint
         def convert(text):
             values = tuple(kind(part) for part in text.split(",") if part) if many else (kind(text),)
             if not all(least <= value <= most for value in values):
@@ -3342,6 +3328,7 @@ DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 def main(run):
     """Runs a script's `run()`. What a user, the machine or another process caused: one line, exit status 1."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # outside of `Watch.steps` it would kill
     try:
         run()
     except KeyboardInterrupt:
@@ -3370,7 +3357,7 @@ def out_of_memory(error):
 
 
 def complaint(error, Config):
-    """The line, or None for what is our mistake."""
+    """The line for the user, or None where the mistake is ours."""
     text = str(error).strip()
     if out_of_memory(error):
         fields = [field.name for field in dataclasses.fields(Config)]
@@ -3484,9 +3471,9 @@ def seed_step(seed, step, rank=0):
 
 class Watch:
     """Over a training's steps: signals, and steps whose losses or gradients are not finite. All processes act on the
-    same step, and none waits for its GPU: what is to be done is a step old, or as old as the GPU's queue."""
+    same step, and none waits for its GPU: what they act on is a step old, or older where the GPU lags."""
     SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)  # save; save and end
-    MOST = 10  # skipped steps in a row (ours)
+    MAX_SKIPPED = 10  # in a row, then the run ends (ours)
 
     def __init__(self, world, path, entries=None):
         """path: the training's checkpoint, entries: what it held."""
@@ -3539,7 +3526,7 @@ class Watch:
             before[1].wait()
             state = before[0]
         received, row = state.tolist()
-        if row >= self.MOST:
+        if row >= self.MAX_SKIPPED:
             bad = [name for name, value in losses.items() if not value.isfinite()]
             there = f"{self.path} is the last checkpoint" if os.path.exists(self.path) else "no checkpoint was written"
             first = bad[0] if bad else "another process's loss"
@@ -3557,7 +3544,7 @@ class Watch:
 
 
 def lock(file, wait=True):
-    """Whether this process has an open file for itself, until it closes it or dies."""
+    """Locks an open file until it is closed or the process dies -> whether it got the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -3665,7 +3652,7 @@ class Log:
         self.flops = 0  # of one image's training step, for MFU
         self.last = None  # (time, images seen) of the line before
         self.bar = tqdm(total=total, initial=start, desc=script, unit="step", disable=world.rank > 0, mininterval=0.5)
-        if world.rank == 0:  # what came after the checkpoint goes, and half a line
+        if world.rank == 0:  # lines past the checkpoint go, and half a line
             kept = ""
             for line in self.path.read_text().splitlines() if self.path.exists() else ():
                 with contextlib.suppress(ValueError):
@@ -3708,7 +3695,7 @@ def time_steps(title, step, n, images, flops, world):
     if cuda:
         torch.cuda.synchronize()
     times = [a.elapsed_time(b) if cuda else 1000 * (b - a) for a, b in zip(marks[2:], marks[3:])]
-    ms = statistics.median(times)
+    ms = np.median(times)
     rate = 1000 * images / ms
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     waits = None
@@ -3751,7 +3738,7 @@ def save_grid(images, path, columns, labels=None):
     """Images [N, 3, H, W] in [-1, 1] -> a PNG, `columns` to the row, `labels` (strings) under them."""
     images = F.interpolate(images.float(), scale_factor=max(1, 96 // max(images.shape[-2:])))
     n, _, h, w = images.shape
-    labels = [textwrap.wrap(label, w // 6) for label in labels or []]  # Pillow's font: 6 px a letter
+    labels = [textwrap.wrap(label, w // 6) for label in labels or []]  # Pillow's font: about 4 px a letter
     width = w + 2  # of a cell
     height = h + 2 + 12 * max(map(len, labels), default=0)
     canvas = Image.new("RGB", (columns * width, math.ceil(n / columns) * height), "white")
