@@ -945,7 +945,7 @@ def validate(model, val, mean, std, world, batch, text=None):
     mine = torch.arange(world.rank, len(val) // world.size * world.size, world.size)
     totals = {}
     for index in mine.split(batch):
-        data = normalise_rows(val.read(index, 0 * index), mean, std, text)
+        data = normalise_rows(val.read(index, torch.zeros_like(index)), mean, std, text)
         x = data["latents"]
         noise = ImageNoise(0, index)
         t = (index.double() * 0.6180339887498949 % 1).float().to(world.device)  # golden ratio

@@ -812,6 +812,8 @@ def run():
     cfg.samples = cfg.samples or f"{cfg.out}/samples"
     known = PAIRS if cfg.pairs else SETS
     metrics = cfg.metrics.split(",") if cfg.metrics else known
+    if cfg.metrics and (cfg.tokenizer or cfg.clip):
+        raise UserError("--metrics chooses among those of two sets, or of --pairs=1")
     if not {*metrics} <= {*known}:
         raise UserError(f"--metrics={cfg.metrics}: there are {', '.join(known)}")
     if cfg.tokenizer:

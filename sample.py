@@ -46,8 +46,7 @@ class Config:
     negative: str = ""  # caption to be guided away from; empty: the null one
     seed: int = 0  # image i's noise: by (seed, i)
     batch_size: Positive = 128  # of each process
-    # VFM-VAE's and LightningDiT's for 64 epochs; 560: --cfg_scale=4
-    # euler alone for models of --path=sphere
+    # defaults: VFM-VAE's and LightningDiT's after 64 epochs (after 560: --cfg_scale=4)
     solver: Literal["euler", "heun", "ab2", "sde"] = "euler"  # ab2: Adams-Bashforth; sde: Euler-Maruyama
     num_steps: Positive = 250  # times; evaluations: one less (euler, ab2), twice that (heun), as many (sde)
     cfg_scale: float = 6.0  # guidance: 1 is none
@@ -56,7 +55,7 @@ class Config:
     timestep_shift: float = 0.3  # s of t -> s t / (1 + (s - 1) t) (0: none); not sde
     train_shift: int = 0  # or by diffusion.py's --train_shift, in its place: as the model was trained
     reuse: Positive = 1  # evaluations that share the output of a head model's other blocks (DDT; 1: none); not sde
-    cls_cfg_scale: float = 0.0  # guidance of REG's class token (0: none)
+    cls_cfg_scale: float = 0.0  # guidance of REG's class token (0: none), if --cfg_scale is not 1
     guide: str = ""  # a weaker model: autoguidance
     # machine and output
     compile: bool = torch.cuda.is_available()  # the model
@@ -167,6 +166,8 @@ def read_conditions(cfg, model, world):
         return classes, torch.tensor
     if cfg.classes:
         raise UserError("this model knows captions: --prompt, not --classes")
+    if cfg.prompt and cfg.prompts:
+        raise UserError("--prompt or --prompts, not both")
     if cfg.negative and cfg.guide:
         raise UserError("--negative and --guide: guidance is away from one of them")
     name = model.about["config"]["text"]
@@ -212,8 +213,8 @@ def write_samples(cfg, world):
         for path in (*there, folder / "labels.json", folder / "prompts.json"):
             path.unlink(missing_ok=True)
         write_json(folder / "settings.json", settings)
-        names = {path.name: each for path, each in zip(paths, asked)}
-        write_json(folder / ("prompts.json" if model.text_tokens else "labels.json"), names)
+        by_file = {path.name: each for path, each in zip(paths, asked)}
+        write_json(folder / ("prompts.json" if model.text_tokens else "labels.json"), by_file)
     world.barrier()
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     world.barrier()  # all have looked
@@ -227,8 +228,8 @@ def write_samples(cfg, world):
             write_png(paths[i], pixels)
     world.barrier()
     if world.rank == 0:
-        names = [*model.about.get("classes", map(str, range(model.num_classes))), "none"]
-        names = asked if model.text_tokens else [names[c] for c in asked]
+        classes = [*model.about.get("classes", map(str, range(model.num_classes))), "none"]
+        names = asked if model.text_tokens else [classes[c] for c in asked]
         columns = len(conditions) if 4 <= len(conditions) <= 16 else 8
         shown = min(n, 64) // columns * columns or n  # whole rows
         images = torch.from_numpy(np.stack([Image.open(path) for path in paths[:shown]])).permute(0, 3, 1, 2)

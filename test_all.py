@@ -3849,6 +3849,7 @@ def test_text_training_and_sampling():
             fails(lambda: command(sample, *flags, f"--prompts={folder}/odd.txt"), "odd.txt", said)
         path = f"{cfg.out}/diffusion-text.pt"
         fails(lambda: command(sample, *flags, f"--ckpt={path}", "--classes=1"), "--prompt", "--classes")
+        fails(lambda: command(sample, *flags, "--prompt=a", f"--prompts={folder}/prompts.txt"), "not both")
         both = f"--negative={prompts[0]}", f"--guide={path}"
         fails(lambda: command(sample, *flags, f"--ckpt={path}", *both), "--negative", "--guide")
         model = diffusion.load_diffusion(path)
@@ -4627,6 +4628,7 @@ def test_clip_score():
         Path(folder, "samples", "prompts.json").write_text(json.dumps({**named, "0001.png": "zebra"}))
         assert run_fid(*flags)[0]["clip"] != found["clip"]
         fails(lambda: run_fid(*flags, f"--prompts={folder}/none"), "no file")
+        fails(lambda: run_fid(*flags, "--metrics=fid"), "--metrics")
         np.savez(f"{folder}/samples.npz", arr_0=images)
         fails(lambda: run_fid(f"{folder}/samples.npz", *flags[1:]), "prompts.json")
         npz, _ = run_fid(f"{folder}/samples.npz", *flags[1:], f"--prompts={folder}/lines.txt")
