@@ -1412,7 +1412,7 @@ def test_dit_block_compiles_on_the_cpu():
     block = small_dit().blocks[0]
     positions = torch.rand(16, 1, block.attn.qkv.in_features // block.attn.num_heads // 2)
     dim = block.attn.qkv.in_features
-    assert_compiled_alike(block, torch.randn(2, 16, dim), torch.randn(2, dim), (positions.cos(), positions.sin()))
+    assert_compiled_alike(block, torch.randn(2, 16, dim), torch.randn(2, 1, dim), (positions.cos(), positions.sin()))
 
 
 @with_tiny_vfm
