@@ -74,8 +74,8 @@ HEADINGS = dict(
     clip="CLIP score", sfid="sFID", precision="precision", recall="recall", rfid="rFID",
     rotation="equivariance error, quarter turn", scaling="equivariance error, half size")
 NEEDS = dict(
-    precision="four images of each set", recall="four images of each set", lpips="--lpips_weights",
-    scaling="another --image_size")
+    precision="the reference's images, four of each set", recall="the reference's images, four of each set",
+    lpips="--lpips_weights", scaling="another --image_size")
 
 
 # --------------------------------------

@@ -1076,13 +1076,12 @@ def vfm_of(cfg):
 
 
 def build_tokenizer(cfg, pretrained=True):
-    """-> an untrained Tokenizer (its VFM pretrained), the VF loss's VFM if another."""
-    if cfg.stage > len(stages_of(cfg)):
-        raise UserError(f"--stage={cfg.stage}: {cfg.method} has {', '.join(stage.name for stage in stages_of(cfg))}")
+    """-> an untrained Tokenizer (its VFM pretrained), the VF or semantic loss's VFM if another."""
     name, scale = vfm_of(cfg)
     on_vfm = cfg.method in ("vfmvae", "aligntok", "rae", "psvae")
     vf = any(stage.vf for stage in stages_of(cfg))
-    vfm = load_vfm(name, cfg.cache, pretrained) if vf or on_vfm else None
+    semantic = any(stage.semantic for stage in stages_of(cfg))
+    vfm = load_vfm(name, cfg.cache, pretrained) if vf or semantic or on_vfm else None
     kind = cfg.decoder or dict(vfmvae="vfmvae", rae="vit").get(cfg.method, "ldm")
     convs = dict(
         ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.ldm_blocks, groups=cfg.groups,
@@ -1100,7 +1099,7 @@ def build_tokenizer(cfg, pretrained=True):
         arch.update(vfm=vfm.config, scale_factor=scale, layers=(-1,))
     else:
         arch.update(encoder=convs, scale_factor=1.0)
-    if any(stage.semantic for stage in stages_of(cfg)):
+    if semantic:
         arch["semantic_head"] = dict(dim=vfm.embed_dim, num_heads=vfm.blocks[0].attn.num_heads)
     if cfg.method == "rae":
         arch.update(z_dim=vfm.embed_dim, layers=(vfm.depth,), adapter_kind="identity")
@@ -1575,7 +1574,10 @@ def use_weights(module, weights):
 
 
 def stages_of(cfg):
-    return STAGES[cfg.recipe][cfg.method]
+    stages = STAGES[cfg.recipe][cfg.method]
+    if cfg.stage > len(stages):
+        raise UserError(f"--stage={cfg.stage}: {cfg.method} has {', '.join(stage.name for stage in stages)}")
+    return stages
 
 
 def stage_plan(cfg):
