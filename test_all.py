@@ -1990,6 +1990,17 @@ def test_accumulation_equals_one_batch():
 
 
 @with_tiny_vfm
+def test_high_trains_the_output_layer():
+    """Of every decoder; its first layer stays."""
+    for decoder, first, last in (
+            ("vfmvae", "post_quant", "to_rgb"), ("ldm", "conv_in", "conv_out"), ("vit", "embed", "pred")):
+        tok, _ = tokenizer.build_tokenizer(tiny_config("unused", decoder=decoder, ch_mult=(1, 1, 1, 1)))
+        tokenizer.select_parameters(tok, "high")
+        trained = [name for name, p in tok.named_parameters() if p.requires_grad]
+        assert any(last in name for name in trained) and not any(first in name for name in trained), decoder
+
+
+@with_tiny_vfm
 def test_tokenizer_flops():
     """The count behind MFU against a counter that watches a forward and backward pass; what is frozen, and smaller
     images, cost less."""

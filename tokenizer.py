@@ -1504,10 +1504,12 @@ def select_parameters(tok, trains):
     """Freezes the rest -> {name: parameters}."""
     tok.requires_grad_(False)
     decoder = tok.decoder
-    if hasattr(decoder, "up"):
+    if isinstance(decoder, LDMDecoder):
         high = [*decoder.up[:3], decoder.norm_out, decoder.conv_out]
+    elif isinstance(decoder, ViTDecoder):
+        high = [*decoder.blocks[-3:], decoder.norm, decoder.pred]
     else:
-        high = [*decoder.blocks[-3:], *([decoder.norm, decoder.pred] if hasattr(decoder, "pred") else [])]
+        high = decoder.blocks[-3:]
     parts = dict(
         encoder=[tok.vfm], adapter=[tok.adapter, tok.vf_proj, tok.semantic_head],
         decoder=[decoder, tok.quantizer], high=high)
