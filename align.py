@@ -25,9 +25,9 @@ from typing import Literal
 # before torch, for whose threads tokenizer.py sets the environment
 from diffusion import PRESETS as DIFFUSION_PRESETS, Config as DiffusionConfig, train as train_diffusion
 from diffusion import (
-    ImageNoise, Sampling, build, draw_times, flow_losses, full_state, generate, load_diffusion, maps,
+    ImageNoise, Sampling, build, draw_times, flow_losses, full_state, generate, learning_rate, load_diffusion, maps,
     to_sphere, update_ema, vfm_tokens)
-from fid import Selection, geneval, judge, judge_tokenizer, load_features
+from fid import Selection, distance, geneval, judge, judge_tokenizer, load_features
 from tokenizer import PRESETS as TOKENIZER_PRESETS, Config as TokenizerConfig, train as train_tokenizer
 from sample import check_tokenizer, tokenizer_beside
 from tokenizer import (
@@ -75,7 +75,7 @@ class Config:
     log_interval: Positive = 100  # steps
     save_interval: Positive = 2_000  # of checkpoints
     # the study
-    study: bool = False  # run what it lacks
+    study: bool = False  # run the study, or what is left of it
     study_methods: str = (  # of METHODS
         "vae,vae-8,vavae,vfmvae,vfmvae-blind,aligntok,rae,psvae,rae-sphere,vfmvae-simvq")
     study_seeds: Positive = 3  # runs of each
@@ -194,7 +194,7 @@ def load_subjects(paths, world):
         owner = tokenizer_beside(path, entries) if diffuses else path
         if owner not in subjects:
             tok = load_tokenizer(owner).to(world.device)
-            config = tok.about.get("config", {})
+            config = tok.config
             vfm = f"VFM of {owner}" if tok.vfm is not None else ""
             if config:
                 vfm, _ = vfm_of(TokenizerConfig(**config))
@@ -291,8 +291,8 @@ def alignment(subjects, vfms, data, indices, cfg, world):
             for vfm, target in targets.items():
                 row = table.setdefault((name, part, vfm), dict(name=name, part=part, vfm=vfm))
                 row[view] = compare_neighbourhoods(own, target).item()
-                if view == "clean":  # nan: one class
-                    row["probe"] = linear_probe(value, labels) if labels.max() > 0 else math.nan
+                if view == "clean":
+                    row["probe"] = linear_probe(value, labels) if labels.max() > 0 else math.nan  # of one class
     for row in table.values():
         row["SE-CKNNA"] = float(np.mean([row[condition] for condition in CONDITIONS]))
     return list(table.values()), scales
@@ -354,7 +354,7 @@ class JointTrainer(Trainer):
         super().__init__(tok_cfg, tokenizer, world, vfm, length_scale=0.0)  # schedules are over
         self.joint_cfg = cfg
         with reading(entries.path):
-            config = dict(entries["config"], seed=cfg.seed, compile=False, fsdp=False)
+            config = dict(entries["config"], seed=cfg.seed, compile=False, fsdp=False, cooldown=0.0)
             self.dit_cfg = dit_cfg = DiffusionConfig(**config)
         self.dit_arch = entries["arch"]
         self.dit_vfm = None
@@ -432,7 +432,7 @@ class JointTrainer(Trainer):
         cfg = self.dit_cfg
         params = self.body + self.heads
         average_gradients(params, self.world)
-        self.dit_optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+        self.dit_optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
         losses["dit_grad_norm"] = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
         skipped = torch.maximum(losses["skipped"], self.world.any_bad([losses["dit_grad_norm"]]))
         step_unless(skipped, self.dit_optimizer)
@@ -469,6 +469,8 @@ def train_jointly(cfg, paths, world):
         raise UserError(f"{saved.path}: {tok_cfg.method}'s encoder has nothing to train jointly")
     tok, vfm = build_tokenizer(tok_cfg)
     load_state(tok, saved["model"] if again else {**saved["model"], **saved["ema"]}, saved.path)
+    if not again:  # joint ones do not say
+        check_tokenizer(before, entries, tok, saved.path)
     tok = tok.to(world.device, memory_format=world.layout)
     trainer = JointTrainer(tok_cfg, tok, world, vfm and vfm.to(world.device), cfg, entries, again)
     seed_step(cfg.seed, -1)
@@ -515,15 +517,15 @@ def train_jointly(cfg, paths, world):
         done = step + 1
         images += batch
         average_weights(averages, tok, images, batch, tok_cfg.ema_kimg, losses["skipped"])
-        signal = watch.count(losses)
+        caught = watch.count(losses)
         log.bar.update()
         saving = done % cfg.save_interval == 0 or done == cfg.steps
         if done % cfg.log_interval == 0 or saving:
             losses = {name: world.mean(value) for name, value in losses.items()}
             log.write(done, done * batch, **losses)
-        if saving or signal:
+        if saving or caught:
             save(done)
-        watch.obey(signal, done)
+        watch.obey(caught, done)
     log.bar.close()
     return [before, after]
 
@@ -554,9 +556,9 @@ class Jury:
         self.labels = torch.as_tensor(self.data.labels[:len(self.images)])
         self.real = judge(self.images, self.net, world, self.labels)
 
-    def judge_samples(self, subject, dit, n, sampling, *references):
-        """-> `judge` of n samples, of all classes in turn or of held-out captions, by Frechet distance to each
-        reference; of captions `geneval`, too."""
+    def judge_samples(self, subject, dit, n, sampling):
+        """-> `judge` of n samples, of all classes in turn or of held-out captions, against held-out images; of captions
+        `geneval`, else None."""
         captions = [self.data.caption(i) for i in range(n)] if dit.text_tokens else []
         if captions:
             y = ShapesText().ids(captions).long()  # [n, L]
@@ -568,10 +570,11 @@ class Jury:
         for part in torch.arange(n).split(250):
             images.append(generate(dit, subject.tokenizer, mean, std, part, y[part], sampling, self.world))
         images = to_uint8(torch.cat(images)).cpu()
-        judged = [judge(images, self.net, self.world, labels, reference["statistics"]) for reference in references]
+        judged = judge(images, self.net, self.world, labels, self.real["statistics"])
+        told = None
         if captions:
-            judged.append(geneval(images, captions, Selection(self.data, len(self.data)), self.net, self.world))
-        return judged
+            told = geneval(images, captions, Selection(self.data, len(self.data)), self.net, self.world)
+        return judged, told
 
 
 def study_run(cfg, jury, vfms, method, seed, folder):
@@ -592,7 +595,7 @@ def study_run(cfg, jury, vfms, method, seed, folder):
         reference=jury.real["statistics"])
 
     points = {}
-    aligns = sorted(cfg.study_align.split(","), key=lambda align: align == "none")  # after those whose cache it reads
+    aligns = sorted(cfg.study_align.split(","), key=lambda align: align == "none")  # none reads the others' cache
     for align in aligns + ["text"] * (method in cfg.study_text.split(",")):
         text = "toy" if align == "text" else ""
         sampling = Sampling(seed=seed, solver="euler", num_steps=12, cfg_scale=3.0 if text else 1.0)
@@ -604,10 +607,11 @@ def study_run(cfg, jury, vfms, method, seed, folder):
         points[align] = []
         for step in cfg.study_points:
             dit = load_diffusion(folder / align / f"diffusion{'-text' * bool(text)}-{step}.pt").to(world.device)
-            real, inner, *told = jury.judge_samples(subject, dit, cfg.study_samples, sampling, jury.real, rebuilt)
-            point = dict(zip(OUTCOMES, (real["fd"], inner["fd"], real["agreement"])), step=step)
+            judged, told = jury.judge_samples(subject, dit, cfg.study_samples, sampling)
+            inner = distance(judged["statistics"], rebuilt["statistics"])
+            point = dict(zip(OUTCOMES, (judged["fd"], inner, judged["agreement"])), step=step)
             if text:
-                scores = [told[0]["samples"][key] for key in ("all", "all_left_out", "binding")]
+                scores = [told["samples"][key] for key in ("all", "all_left_out", "binding")]
                 point.update(zip(TEXT_OUTCOMES, np.array(scores, float).tolist()))  # None: nan
             points[align].append(point)
         subject.networks[align] = dit
@@ -753,7 +757,7 @@ def sweep(cfg, world):
             seed=cfg.seed, solver=solver, num_steps=steps, cfg_scale=scale, reuse=reuse,
             train_shift=dit.about["config"].get("train_shift", 0))
         start = time.perf_counter()
-        judged, = jury.judge_samples(subject, dit, cfg.sweep_samples, sampling, jury.real)
+        judged, _ = jury.judge_samples(subject, dit, cfg.sweep_samples, sampling)
         ms = 1000 * (time.perf_counter() - start) / cfg.sweep_samples
         evaluations = (steps - 1) * (2 if solver == "heun" else 1)
         rows.append(dict(

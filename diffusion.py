@@ -70,7 +70,7 @@ class Config:
     latents: str = ""  # their cache; empty: OUT/latents
     cache_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     cache_features: bool = True  # with --align: cache the VFM's tokens, or run it each step
-    encode_batch: Positive = 64  # images, and their mirrors
+    encode_batch: Positive = 64  # images, and their mirrors; validation's, too
     val_images: Positive = 4_096  # of the validation loss
     workers: int = 8  # loader processes
     # model
@@ -109,7 +109,7 @@ class Config:
     ema: Decay = 0.9999  # decay a step
     # machine
     compile: bool = torch.cuda.is_available()  # the model
-    checkpointing: bool = False  # recompute blocks backward
+    checkpointing: bool = False  # recompute blocks in the backward pass
     fsdp: bool = False  # shard all of it (FSDP2)
     bench: int = 0  # time so many steps on random latents
     peak_tflops: float = 0.0  # the device's, for MFU; 0: PEAK_TFLOPS
@@ -941,7 +941,7 @@ def normalise_rows(rows, mean, std, text=None):
 
 @torch.no_grad()
 def validate(model, val, mean, std, world, batch, text=None):
-    """Mean losses on held-out latents; times and noises are the image number's."""
+    """Mean losses on held-out latents; an item's time and noise depend on its index alone."""
     mine = torch.arange(world.rank, len(val) // world.size * world.size, world.size)
     totals = {}
     for index in mine.split(batch):
@@ -969,6 +969,7 @@ def train(cfg, world):
     # data
     tok = load_tokenizer(source).to(world.device)
     size = cfg.image_size or tok.resolution
+    tok.check_size(size, size)  # before an older cache goes
     images = open_data(cfg, "train", size, flip=True)
     held = open_data(cfg, "val", size)
     classes = list(images.classes)
@@ -1017,8 +1018,9 @@ def train(cfg, world):
             start = saved["step"]
             now = dict(
                 arch, latents=origin, seed=cfg.seed, batch_size=cfg.batch_size, align_vfm=cfg.align_vfm, text=cfg.text,
-                path=cfg.path)
-            then = {"path": "linear", **saved["config"], **saved["arch"], "latents": saved["latents"]}
+                path=cfg.path, head_depth=cfg.head_depth)
+            then = {
+                "path": "linear", "head_depth": 0, **saved["config"], **saved["arch"], "latents": saved["latents"]}
             changed = [f"{key} {then.get(key)}, now {now[key]}" for key in now if now[key] != then.get(key)]
             if changed:
                 raise UserError(f"{path} is another run's ({'; '.join(changed)}): --resume=0 or another --out")
@@ -1080,20 +1082,20 @@ def train(cfg, world):
         seed_step(cfg.seed, step, world.rank)
         batches = (next_batch() for _ in range(cfg.accumulate))
         losses = train_step(model, parallel, ema, optimizer, batches, cfg, world, step)
-        signal = watch.count(losses)
+        caught = watch.count(losses)
         done = step + 1
         log.bar.update()
         if due(done, cfg.val_interval):
             losses.update(validate(ema, val, mean, std, world, cfg.encode_batch, text))
         if due(done, cfg.log_interval) or due(done, cfg.val_interval) or due(done, cfg.save_interval):
-            losses = {name: world.mean(value.clone()) for name, value in losses.items()}
+            losses = {name: world.mean(value) for name, value in losses.items()}
             seen = done * cfg.batch_size
             log.write(done, seen, lr=optimizer.param_groups[0]["lr"], epoch=seen / len(latents), **losses)
         if cfg.sample_interval and due(done, cfg.sample_interval):
             picture(done)
-        if due(done, cfg.save_interval) or signal:
+        if due(done, cfg.save_interval) or caught:
             save(done)
-        watch.obey(signal, done)
+        watch.obey(caught, done)
     log.bar.close()
     if start >= cfg.steps and world.rank == 0:
         print(f"{path} has its {cfg.steps:,} steps; --resume=0 starts afresh")

@@ -177,7 +177,7 @@ class Mixed7c(nn.Module):
 
 class Inception(nn.Module):
     """FID's Inception-v3 (arXiv 1512.00567): torchvision's but for its pools. uint8 [B, 3, H, W] -> pool [B, 2048],
-    spatial [B, 2023] (7 channels of Mixed_6d, last), logits without bias [B, 1008] (ADM's)."""
+    spatial [B, 2023] (Mixed_6d's first 7 channels, channels last), logits without bias [B, 1008] (ADM's)."""
     name = "inception"
 
     def __init__(self):
@@ -270,7 +270,7 @@ class Classifier(nn.Module):
         return torch.stack([*values, place // 8 * 2 + place % 4 // 2, size // 2], 1)  # of 16 and 4
 
 
-def load_classifier(cache="out", device="cpu"):
+def load_classifier(cache, device):
     """The toy's Classifier, frozen; trained once, kept in `cache`."""
     path = Path(cache) / "classifier.pt"
     recipe = dict(images=57_600, batch=64, lr=1e-2)
@@ -510,8 +510,6 @@ MOVES = dict(  # antialias: images, not latents
     scaling=lambda x, antialias: shrink(x, 0.5, antialias=antialias))
 
 
-@torch.no_grad()
-@full_float32()
 def judge_tokenizer(tokenizer, source, net, world, measures, moves=(), **keywords):
     """-> `judge` of reconstructions, the means of `measures` over the pairs and, for T in `moves`, of the equivariance
     error |encode(T x) - T encode(x)| / |T encode(x)|."""
@@ -543,8 +541,8 @@ def evaluate(cfg, world):
     """A tokenizer on held-out images, its training's unless cfg says otherwise."""
     tok = load_tokenizer(cfg.tokenizer).to(world.device)
     if not cfg.data:
-        cfg.data = tok.about.get("config", {}).get("data", "data/imagenet")
-        cfg.caption_key = cfg.caption_key or tok.about.get("config", {}).get("caption_key", "")
+        cfg.data = tok.config.get("data", "data/imagenet")
+        cfg.caption_key = cfg.caption_key or tok.config.get("caption_key", "")
     size = cfg.image_size or tok.resolution
     data = open_data(cfg, "val", size)
     source = Selection(data, cfg.images)
@@ -669,12 +667,12 @@ def toy_table(cfg, net, world):
     """
     samples = open_images(cfg.samples)
     size = samples[range(1)].shape[-1]
-    path = Path(cfg.out, "diffusion.pt")
+    prompts = read_json(Path(cfg.samples, "prompts.json"))
+    path = Path(cfg.out, "diffusion-text.pt" if prompts else "diffusion.pt")
     saved = load_checkpoint(path, "diffusion") if path.exists() else {}
     data = saved.get("config", {}).get("data", "shapes")
     if data != "shapes":
         raise UserError(f"samples made from --data={data}: give a REFERENCE")
-    prompts = read_json(Path(cfg.samples, "prompts.json"))
     classes = prompts or read_json(Path(cfg.samples, "labels.json"))
     labels = [classes.get(path.name) for path in samples.paths] if classes else None
     if classes and None in labels:

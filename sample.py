@@ -53,7 +53,7 @@ class Config:
     cfg_interval: tuple[float, ...] = (0.125, 1.0)  # of its times (0: noise, 1: data)
     cfg_channels: int = 3  # on so many latent channels (0: all); not sde
     timestep_shift: float = 0.3  # s of t -> s t / (1 + (s - 1) t) (0: none); not sde
-    train_shift: int = 0  # or by diffusion.py's --train_shift, in its place: as the model was trained
+    train_shift: int = 0  # in its place the --train_shift of the model's training (0: none); not sde
     reuse: Positive = 1  # evaluations that share the output of a head model's other blocks (DDT; 1: none); not sde
     cls_cfg_scale: float = 0.0  # guidance of REG's class token (0: none), if --cfg_scale is not 1
     guide: str = ""  # a weaker model: autoguidance
@@ -85,7 +85,7 @@ def check_tokenizer(path, entries, tokenizer, named):
     """UserError unless this diffusion model was trained on these weights (old and joint ones do not say)."""
     known = entries.get("tokenizer_is")
     if known and known != fingerprint(tokenizer):
-        raise UserError(f"{named} was trained again: {path} knows other latents (--tokenizer=FILE takes any)")
+        raise UserError(f"{named} was trained again: {path} knows other latents (sample.py --tokenizer=FILE takes any)")
 
 
 def load_pipeline(cfg, world):
@@ -97,15 +97,15 @@ def load_pipeline(cfg, world):
         raise UserError(f"no diffusion model at {path}: run {first} first, or give --ckpt")
     model = load_diffusion(path, **(dict(num_heads=cfg.num_heads) if cfg.num_heads else {}))
     guide = load_diffusion(cfg.guide) if cfg.guide else None
+    if cfg.reuse > 1 and not model.head_depth:
+        raise UserError(f"--reuse={cfg.reuse}: {path} has no head (diffusion.py --head_depth)")
+    if len(cfg.cfg_interval) != 2:
+        raise UserError("--cfg_interval takes two times, LOW,HIGH")
     stats = model.about
     if cfg.latent_stats:
         stats = {f"latent_{key}": value for key, value in load_weights(cfg.latent_stats).items()}
         if "latent_var" in stats:  # RAE's
             stats["latent_std"] = (stats["latent_var"] + 1e-5).sqrt()
-    if cfg.reuse > 1 and not model.head_depth:
-        raise UserError(f"--reuse={cfg.reuse}: {path} has no head (diffusion.py --head_depth)")
-    if len(cfg.cfg_interval) != 2:
-        raise UserError("--cfg_interval takes two times, LOW,HIGH")
     if "latent_std" not in stats or "latent_mean" not in stats:
         raise UserError(f"{cfg.latent_stats or path} lacks the latents' mean and std: --latent_stats=FILE")
     mean, std = (stats[key].float().flatten() for key in ("latent_mean", "latent_std"))
@@ -205,7 +205,7 @@ def write_samples(cfg, world):
         there = set(folder.glob("*.png"))
         before = read_json(folder / "settings.json")
         if there and not before:
-            raise UserError(f"{folder} holds other images")
+            raise UserError(f"{folder} holds other images: another --out")
         if before == settings:
             there -= set(paths)
         elif there:
@@ -251,7 +251,7 @@ def reconstruct(cfg, world):
     copies = Path(cfg.out, "reconstructions")
     left = {path.relative_to(copies) for path in copies.rglob("*.png")} - set(names)
     if left or len(set(names)) < len(names):
-        raise UserError(f"{copies} holds other images, or two names differ only in the suffix")
+        raise UserError(f"{copies} holds other images, or two names differ only in the suffix: another --out")
     mine = range(len(names))[world.rank::world.size]
     batches = [list(mine[k:k + cfg.batch_size]) for k in range(0, len(mine), cfg.batch_size)]
     loader = make_loader(data, batches, world, workers=4)
@@ -298,7 +298,7 @@ def decode_tokens(cfg, world):
 
 @torch.no_grad()
 def bench(cfg, world):
-    """Of --ckpt, or of random weights of the preset's size."""
+    """Times guided evaluations."""
     guide = None
     if cfg.ckpt:
         model, guide, *_ = load_pipeline(cfg, world)

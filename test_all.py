@@ -33,6 +33,7 @@ import tempfile
 import time
 import traceback
 import tracemalloc
+import weakref
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -911,6 +912,20 @@ def hugging_face(state, *pairs):
 
 def assert_same_levels(a, b, **tolerance):
     torch.testing.assert_close(list(a), list(b), **(tolerance or dict(rtol=0, atol=0)))
+
+
+def test_vit_frees_blocks_that_are_not_asked_for():
+    """Without gradients: at the last block the outputs of those before are gone, but for the levels asked for."""
+    vit = tokenizer.vit_from(tokenizer.TOY_VIT).eval()
+    outputs = []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    vit.blocks[2].register_forward_hook(lambda *_: outputs.append([ref() is not None for ref in outputs[:2]]))
+    with torch.no_grad():
+        for layers, alive in ((-1,), [False, True]), ((1, -1), [True, True]), ((0, 2, 3), [False, True]):
+            outputs.clear()
+            vit(torch.zeros(1, 3, 32, 32), layers)
+            assert outputs[3] == alive, (layers, outputs)
 
 
 def test_vit_under_hugging_face_names():
@@ -2139,6 +2154,7 @@ def test_stage_by_stage():
     with tempfile.TemporaryDirectory() as folder:
         cfg = tiny_config(folder, method="aligntok")
         fails(lambda: tokenizer.train(dataclasses.replace(cfg, stage=2), WORLD), "stage 2")
+        fails(lambda: tokenizer.train(dataclasses.replace(cfg, stage=3, kimg=0.016), WORLD), "less than one batch of 8")
         for stage in (1, 2, 3):
             quiet(tokenizer.train, dataclasses.replace(cfg, stage=stage), WORLD)
             assert read_checkpoint(folder)["stage"] == stage
@@ -3093,6 +3109,12 @@ def test_diffusion_resumes_only_its_own_run(folder, cfg):
     assert "has its 6 steps" in train_diffusion(cfg)
     fails(lambda: train_diffusion(cfg, hidden_size=64), "hidden_size 32, now 64", "--resume=0")
     fails(lambda: train_diffusion(cfg, seed=1), "seed 0, now 1")
+    train_diffusion(cfg, head_depth=1, out=f"{folder}/head", tokenizer=f"{cfg.out}/tokenizer.pt", steps=1)
+    fails(lambda: train_diffusion(cfg, out=f"{folder}/head", tokenizer=f"{cfg.out}/tokenizer.pt"),
+          "head_depth 1, now 0", "--resume=0")
+    rows = sorted(Path(cfg.out, "latents").rglob("*.npy"))
+    fails(lambda: train_diffusion(cfg, image_size=34), "34 x 34: sides must be multiples")
+    assert rows and rows == sorted(Path(cfg.out, "latents").rglob("*.npy"))  # a slip does not cost the cache
     tiny_tokenizer(f"{cfg.out}/tokenizer.pt", seed=1)
     fails(lambda: train_diffusion(cfg), "latents", "another run")
     train_diffusion(cfg, resume=False, steps=1)
@@ -4803,6 +4825,9 @@ def test_geneval_command():
         assert row["agreement"] is not None
         found, row, text = judged(captions[:30], Means())  # other features name nothing
         assert found is None and "captions" not in text
+        # a model of classes beside them is not theirs
+        tokenizer.save_checkpoint(f"{folder}/diffusion.pt", kind="diffusion", config=dict(data="CIFAR10"))
+        assert judged(captions[:30])[0]["real"]["all"] == 1
         fails(lambda: judged(captions[:20]), "prompts.json lacks some", "run sample.py again")
         fails(lambda: judged(["a red star"] * 30), "not a caption of shapes", "REFERENCE")
 
@@ -5295,7 +5320,7 @@ def test_study_of_captions():
             return tokenizer.to_float(jury.images[part])
 
         with mock.patch.object(align, "generate", generate):
-            judged, told = jury.judge_samples(mock.Mock(), dit, 24, None, jury.real)
+            judged, told = jury.judge_samples(mock.Mock(), dit, 24, None)
         assert judged["agreement"] == jury.real["agreement"] and abs(judged["fd"]) < 1e-3
         assert told["same_captions"] and told["samples"] == told["real"]
         assert shown == tokenizer.ShapesText().ids([Shapes("val").caption(i) for i in range(24)]).tolist()
@@ -5472,7 +5497,7 @@ def test_sweep_of_reuse():
     """Of a model with a head, how many evaluations share the other blocks' output is swept, too."""
     dit = mock.Mock(head_depth=2, about=dict(config=dict(data="shapes"), image_size=32))
     jury = mock.Mock()
-    jury.return_value.judge_samples.return_value = [dict(fd=1.0, agreement=0.5)]
+    jury.return_value.judge_samples.return_value = dict(fd=1.0, agreement=0.5), None
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(align, "Jury", jury), mock.patch.object(
             align, "load_subjects", return_value=([mock.Mock(networks=dict(dit=dit))], {})):
         run_align(folder, "--sweep=1", "--sweep_steps=2")
@@ -5504,6 +5529,7 @@ def test_align_refuses():
         entries = torch.load(f"{folder}/diffusion.pt", weights_only=True)
         torch.save(dict(entries, tokenizer_is="another"), f"{folder}/old.pt")
         fails(lambda: run_align(folder, f"{folder}/old.pt"), "tokenizer.pt was trained again")
+        fails(lambda: run_align(folder, f"{folder}/old.pt", "--steps=1"), "tokenizer.pt was trained again")
         entries["config"]["data"] = "CIFAR10"
         torch.save(entries, f"{folder}/diffusion.pt")
         fails(lambda: run_align(folder, "--sweep=1"), "trained on the shapes")
@@ -5720,6 +5746,21 @@ def test_handlers_outlive_an_error_among_processes():
         for number in watch.SIGNALS:
             signal.signal(number, handlers[number])
         assert kept == (watch.handle if size == 2 and error else handlers[signal.SIGTERM])
+
+
+def test_signal_while_the_last_checkpoint_is_saved():
+    """After the last step's `count`: a run within another, the study's, ends it, too."""
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
+        watch = tokenizer.Watch(tokenizer.World(0, 1, torch.device("cpu")), "none")
+        ended = None
+        try:
+            for step in watch.steps(range(2)):
+                watch.count(dict(skipped=torch.tensor(0.0)))
+                if step == 1:
+                    os.kill(os.getpid(), number)
+        except SystemExit as end:
+            ended = end.code
+        assert ended == (None if number == signal.SIGUSR1 else 128 + number)
 
 
 def test_kills_at_random_moments():

@@ -381,7 +381,7 @@ class ViT(nn.Module):
         return F.interpolate(images, size, mode=self.interpolation, antialias=size[0] < images.shape[-2])
 
     def embed(self, x):
-        """-> patch tokens [B, N, D], level 0 where it is another."""
+        """-> patch tokens [B, N, D]; level 0, or None where these are it."""
         return self.patch_embed["proj"](x).flatten(2).mT, None
 
     def positions(self, h, w):
@@ -424,7 +424,8 @@ class ViT(nn.Module):
         states = {0: x}
         for i, block in enumerate(self.blocks[:self.depth if -1 in layers else max(layers)], 1):
             x = block(x, rope)
-            states[i] = x
+            if i in layers:  # the others' memory is free
+                states[i] = x
         if -1 in layers:
             states[-1] = self.norm(x)
         if cls and extra:
@@ -509,7 +510,7 @@ def load_vfm(name_or_path, cache="out", pretrained=True, **overrides):
 # Adapters: VFM features -> moments of the latent (VFM-VAE, section 3.1; AlignTok, section 3)
 
 class ProjectionAttention(nn.Module):
-    """Narrowing, heads are averaged, then pooled to d_out if need be; else they are concatenated."""
+    """Heads are concatenated; if d_in > d_out averaged, then pooled to d_out if need be."""
 
     def __init__(self, d_in, d_out, num_heads):
         super().__init__()
@@ -603,8 +604,8 @@ class PointwiseAdapter(nn.Module):
         return self.net[-1].weight
 
 
-def transformer(dim, num_heads, depth=3):
-    return nn.Sequential(*(ViTBlock(dim, num_heads, 4 * dim, "gelu") for _ in range(depth)))
+def transformer(dim, num_heads):
+    return nn.Sequential(*(ViTBlock(dim, num_heads, 4 * dim, "gelu") for _ in range(3)))
 
 
 class BlocksAdapter(PointwiseAdapter):
@@ -641,7 +642,7 @@ class IdentityAdapter(nn.Module):
 
 @contextlib.contextmanager
 def full_float32():
-    """No TF32: numbers do not depend on the card."""
+    """No TF32, in which cards differ most."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -982,8 +983,8 @@ class ViTDecoder(nn.Module):
 # The tokenizer
 
 class Tokenizer(nn.Module):
-    """encode: images [B, 3, H, W] in [-1, 1] -> mean (by a `quantizer` codes), logvar [B, C, H/f, W/f]; decode: latents
-    -> images.
+    """encode: images [B, 3, H, W] in [-1, 1] -> mean (with a `quantizer` its codes), logvar [B, C, H/f, W/f]; decode:
+    latents -> images.
 
     The encoder is a VFM and an adapter (VFM-VAE's with `level_dims`, RAE's if `adapter_kind` is "identity", PS-VAE's if
     "blocks", else AlignTok's) or LDM's; modules' arguments are dictionaries. Tokenizer(**tokenizer.arch) is the same
@@ -1634,6 +1635,8 @@ def train(cfg, world):
     plan = [row for row in plan if cfg.stage in (0, row[0])]
     start, stop = plan[0][2], plan[-1][3]
     batch = cfg.batch_size
+    if start >= stop:
+        raise UserError(f"--stage={cfg.stage} is less than one batch of {batch}: raise --kimg")
     data = open_data(cfg, "train", cfg.image_size, cfg.crop, cfg.flip)
     held_out = open_data(cfg, "val", cfg.image_size)
 
@@ -1655,7 +1658,7 @@ def train(cfg, world):
                 load_state(tok, state, str(path))
             seen = entries["images"]
     world.agree(configuration=cfg, checkpoint=seen, data=data.identity())
-    if seen < start or start >= stop:
+    if seen < start:
         raise UserError(f"stage {cfg.stage} starts at image {start}; {path} has seen {seen}, or is not read")
     if seen >= stop:
         if world.rank == 0:
@@ -1709,7 +1712,7 @@ def train(cfg, world):
             losses = trainer.step((next(batches) for _ in range(cfg.accumulate)), step, seen)
             seen += batch
             average_weights(ema, tok, seen, batch, cfg.ema_kimg, losses["skipped"])
-            signal = watch.count(losses)
+            caught = watch.count(losses)
             log.bar.update()
             saving = (step + 1) % cfg.save_interval == 0 or seen == last
             if (step + 1) % cfg.log_interval == 0 or saving:
@@ -1721,16 +1724,16 @@ def train(cfg, world):
                     decoded = tok.decode(tok.encode(pictures)[0]).float()
                 pairs = torch.stack([pictures, decoded], 1).flatten(0, 1)
                 save_grid(pairs, Path(cfg.out) / f"grids/tokenizer-{step + 1:07d}.png", 8)
-            if saving or signal:
+            if saving or caught:
                 save(number)
-            watch.obey(signal, step + 1)
+            watch.obey(caught, step + 1)
     log.bar.close()
     tok.load_state_dict(ema, strict=False)
     return tok
 
 
 def bench(cfg, world):
-    """With random images and weights."""
+    """Times each stage's training step (without the weights' average) on random images and weights."""
     tok, vfm = build_tokenizer(cfg, pretrained=False)
     tok = tok.to(world.device, memory_format=world.layout)
     flops = training_flops(cfg, tok, whole=True)
@@ -2301,7 +2304,7 @@ def load_tokenizer(path, **overrides):
     """A frozen Tokenizer with averaged weights: ours, an official VFM-VAE's, LDM's format (VA-VAE, SD-VAE, FLUX's), or
     RAE's decoder: "FILE::VFM" names its encoder, or the file of that (without: dinov2_vitb14_reg).
     What shapes do not show is as published, or overridden: num_heads (the VFM's), decoder_heads (RAE's), layers,
-    scale_factor, resolution. `about`: what else our checkpoints say."""
+    scale_factor, resolution. `config`: our training's, else {}."""
     path, _, encoder = str(path).partition("::")
     entries = load_weights(path)
     with reading(path):
@@ -2324,12 +2327,12 @@ def load_tokenizer(path, **overrides):
             vfm = load_vfm(encoder or "dinov2_vitb14_reg", **heads)
             arch, state = from_rae(state, vfm, overrides.pop("decoder_heads", 0))
         else:
-            raise UserError(f"{path} is no tokenizer: it has not VFM-VAE's keys (ldm_adapter.*), LDM's or RAE's")
+            raise UserError(f"{path} is no tokenizer: it has none of the keys of VFM-VAE, LDM or RAE")
         if "num_heads" in overrides and arch.get("vfm"):
             arch["vfm"]["num_heads"] = overrides.pop("num_heads")
         tok = Tokenizer(**{**arch, **overrides})
     tok = load_state(tok, state, str(path)).requires_grad_(False).eval()
-    tok.about = {key: entries[key] for key in ("config", "classes", "images", "stage", "pair") if key in entries}
+    tok.config = entries.get("config", {})
     return tok
 
 
@@ -2376,10 +2379,11 @@ def fetch(url):
 
 
 class Entries(dict):
-    """A file's, whose missing keys are UserErrors; our checkpoints' have the right types."""
-    types = dict.fromkeys(("arch", "config", "ema", "model", "optimizer", "statistics"), dict) | dict.fromkeys(
-        ("image_size", "images", "skipped", "stage", "step"), int) | dict.fromkeys(
-        ("latent_mean", "latent_std"), torch.Tensor) | dict(classes=list, tokenizer=str)
+    """A file's entries. A missing key is a UserError; so is a wrong type in our checkpoints."""
+    types = dict(
+        arch=dict, config=dict, ema=dict, model=dict, optimizer=dict, statistics=dict, image_size=int, images=int,
+        skipped=int, stage=int, step=int, latent_mean=torch.Tensor, latent_std=torch.Tensor, classes=list,
+        tokenizer=str)
 
     def __init__(self, path, entries):
         super().__init__(entries)
@@ -2455,7 +2459,6 @@ TEXT_KEYS = {  # before VIT_KEYS
     r"^final_layer_norm\.": "norm.",
     r"^(head|text_projection)\.": "project."}
 TEXT_UNUSED = r"vision_model|visual_projection|logit_"
-SPACE = r"[^\S\x1c-\x1f]"  # Unicode's White_Space
 
 
 def merge_pairs(symbols, ranks):
@@ -2526,7 +2529,7 @@ def clip_tokens(read):
         return [vocab.get(symbol, end) for symbol in merge_pairs(symbols, ranks)]
 
     def tokens(text):
-        text = re.sub(f"{SPACE}+", " ", unicodedata.normalize("NFC", text)).lower()
+        text = re.sub(r"[^\S\x1c-\x1f]+", " ", unicodedata.normalize("NFC", text)).lower()  # Unicode's White_Space
         return [token for piece in pieces.findall(text) for token in piece_tokens(piece)]
 
     return [vocab["<|startoftext|>"]], end, end, tokens
@@ -2737,7 +2740,7 @@ def read_captions(folder):
 
 
 def read_lines(path):
-    """Of a file of prompts."""
+    """A file's lines, a prompt each."""
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
     with reading(path):
@@ -2902,7 +2905,7 @@ class Images(Dataset):
             index = (index + 1) % len(self)
 
     def note_bad(self, path):
-        """Any process may; too many: UserError."""
+        """Lists a bad file once, from any process; UserError above 1%."""
         self.bad_list.parent.mkdir(parents=True, exist_ok=True)
         with open(self.bad_list, "ab+") as file:  # small appends do not mix
             lock(file)
@@ -3170,8 +3173,8 @@ class ShapesText:
         return ids
 
 
-# What networks learn to name, its number of values. The VFM "toy-blind" is the control, never told the class on which
-# the diffusion model is conditioned.
+# What networks learn to name: how many values each has. The VFM "toy-blind" is the control, never told the class on
+# which the diffusion model is conditioned.
 ATTRIBUTES = dict(shape=10, hue=8, texture=5, ground=8, place=16, size=4, turn=4)
 TOY_VFMS = {"toy": list(ATTRIBUTES), "toy-blind": list(ATTRIBUTES)[1:]}
 TOY_VIT = dict(image_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, mlp_hidden=512, stem=32)
@@ -3468,7 +3471,7 @@ def patient_group():
 
 
 def seed_step(seed, step, rank=0):
-    """A step's randomness is a function of (seed, step, rank): resumed runs are exact."""
+    """A step's randomness is a function of (seed, step, rank), so that resumed runs are exact."""
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "little"))
 
@@ -3512,6 +3515,8 @@ class Watch:
             if ended or self.world.size == 1:  # else torchrun's SIGTERM could come before `main`'s line on the error
                 for number, handler in before.items():
                     signal.signal(number, handler)
+        if self.received > 1 and self.world.size == 1:  # it came after the last `count`, while all was saved
+            self.obey(self.SIGNALS[self.received - 1], steps.stop)
 
     def count(self, losses):
         """After each step, with its losses and "skipped" (then the number so far) -> the signal to obey now, or 0."""
@@ -3519,8 +3524,8 @@ class Watch:
         self.skipped += losses["skipped"]
         losses["skipped"] = self.skipped.clone()
         self.row_on_host.copy_(self.row, non_blocking=True)
-        state = torch.tensor([self.received, int(self.row_on_host)])
-        self.received = 0
+        received, self.received = self.received, 0  # no call between: a handler's signal would be lost
+        state = torch.tensor([received, int(self.row_on_host)])
         if self.world.size > 1:
             work = dist.all_reduce(state, dist.ReduceOp.MAX, async_op=True)
             before = self.pending
@@ -3611,7 +3616,7 @@ def load_checkpoint(path, kind):
     """Its entries, on the CPU; UserError if of another kind."""
     entries = load_weights(path)
     if entries.get("kind") != kind:
-        raise UserError(f"{path} is no {kind} checkpoint, but {entries.get('kind', 'unknown')}")
+        raise UserError(f"{path} is no {kind} checkpoint; its kind: {entries.get('kind', 'unknown')}")
     return entries
 
 
@@ -3681,7 +3686,7 @@ class Log:
 
 
 def time_steps(title, step, n, images, flops, world):
-    """Times n calls of `step` after three; prints a line of JSON -> it. `images` a call; `flops` an image; `gpu_waits`:
+    """Times n calls of `step` after three; prints a line of JSON. `images` a call; `flops` an image; `gpu_waits`:
     the share of the time in which no kernel runs."""
     cuda = world.device.type == "cuda"
 
@@ -3717,7 +3722,6 @@ def time_steps(title, step, n, images, flops, world):
     result = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}
     if world.rank == 0:
         print(json.dumps(result), flush=True)
-    return result
 
 
 def to_uint8(images):
