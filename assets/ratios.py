@@ -75,7 +75,7 @@ def decoder():
             x = torch.randn(batch, dim, side, side).to(memory_format=WORLD.layout).requires_grad_()
             w = torch.randn(batch, 512)
             both = [functools.partial(forward_backward, m, x, w) for m in (layer, with_per_sample_weights(layer))]
-            yield pair(f"layer, {dim} channels, {side} px, {batch} images, forward and backward", *both)
+            yield pair(f"layer, {dim} channels, {side} px, batch {batch}, forward and backward", *both)
     cfg = tokenizer.Config()
     names = ("post_factor", "widths", "fuse_dims", "attention", "num_res_blocks", "w_dim")
     ours = tokenizer.VFMVAEDecoder(cfg.z_dim, cfg.downsample, **{name: getattr(cfg, name) for name in names})
@@ -179,13 +179,13 @@ def table(header, rows):
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:] or ["decoder", "sampling", "metrics", "growth"]
+    asked = sys.argv[1:] or ["growth", "decoder", "sampling", "metrics"]  # growth first: a child's peak starts at ours
     text = []
     for name in asked:
         header = ("the first, or the second", "s", "s", "ratio")
         if name == "growth":
             header = ("toy tokenizer, 8 images of 32 px, but for", "ms a step", "images a second", "peak GiB")
-        text.append(table(header, globals()[name]()))
+        text += [f"## {name}", table(header, globals()[name]())]
     if not sys.argv[1:]:
         machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}; by `python assets/ratios.py`"
         (HERE / "ratios.md").write_text(machine + "\n\n" + "\n\n".join(text) + "\n")
