@@ -2327,7 +2327,7 @@ def load_tokenizer(path, **overrides):
             vfm = load_vfm(encoder or "dinov2_vitb14_reg", **heads)
             arch, state = from_rae(state, vfm, overrides.pop("decoder_heads", 0))
         else:
-            raise UserError(f"{path} is no tokenizer: it has none of the keys of VFM-VAE, LDM or RAE")
+            raise UserError(f"{path} is no tokenizer: it has no keys of VFM-VAE (ldm_adapter.*), LDM or RAE")
         if "num_heads" in overrides and arch.get("vfm"):
             arch["vfm"]["num_heads"] = overrides.pop("num_heads")
         tok = Tokenizer(**{**arch, **overrides})
