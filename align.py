@@ -292,7 +292,7 @@ def alignment(subjects, vfms, data, indices, cfg, world):
                 row = table.setdefault((name, part, vfm), dict(name=name, part=part, vfm=vfm))
                 row[view] = compare_neighbourhoods(own, target).item()
                 if view == "clean":
-                    row["probe"] = linear_probe(value, labels) if labels.max() > 0 else math.nan  # of one class
+                    row["probe"] = linear_probe(value, labels) if labels.max() > 0 else math.nan  # one class
     for row in table.values():
         row["SE-CKNNA"] = float(np.mean([row[condition] for condition in CONDITIONS]))
     return list(table.values()), scales
