@@ -3515,7 +3515,7 @@ class Watch:
             if ended or self.world.size == 1:  # else torchrun's SIGTERM could come before `main`'s line on the error
                 for number, handler in before.items():
                     signal.signal(number, handler)
-        if self.received > 1 and self.world.size == 1:  # it came after the last `count`, while all was saved
+        if self.received > 1 and self.world.size == 1:  # after the last `count`; several must agree, and end anyway
             self.obey(self.SIGNALS[self.received - 1], steps.stop)
 
     def count(self, losses):
